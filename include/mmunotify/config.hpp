@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+// Every switch of the library, its version, and the contract handler.
+//
+// Switches (define them for the whole program, never for one translation unit):
+//   MMUNOTIFY_CHECKED   1: contract checks that cost something on hot paths (default: on unless NDEBUG).
+//                       The cheap checks are always on. The value is part of the inline namespace, so that
+//                       objects built with different values do not link into one inconsistent program.
+
+//   MMUNOTIFY_MUTATION  a broken variant, by number, for the negative controls in tests/: a test that cannot notice it
+//                       proves nothing. 0, the default, is the product.
+
+#include <atomic>
+#include <cstddef>
+#include <cstdio>
+#include <cstdlib>
+
+/// The one version number; the build system reads it from here.
+#define MMUNOTIFY_VERSION_MAJOR 0
+#define MMUNOTIFY_VERSION_MINOR 1
+#define MMUNOTIFY_VERSION_PATCH 0
+
+#ifndef MMUNOTIFY_CHECKED
+#ifdef NDEBUG
+#define MMUNOTIFY_CHECKED 0
+#else
+#define MMUNOTIFY_CHECKED 1
+#endif
+#endif
+
+#ifndef MMUNOTIFY_MUTATION
+#define MMUNOTIFY_MUTATION 0
+#endif
+
+#if MMUNOTIFY_MUTATION
+#define MMUNOTIFY_ABI mutant
+#elif MMUNOTIFY_CHECKED
+#define MMUNOTIFY_ABI checked
+#else
+#define MMUNOTIFY_ABI fast
+#endif
+
+/// Opens the library's namespace; every header uses it, so that MMUNOTIFY_CHECKED is part of every mangled name.
+#define MMUNOTIFY_BEGIN_NAMESPACE namespace mmunotify { inline namespace MMUNOTIFY_ABI {
+#define MMUNOTIFY_END_NAMESPACE }}
+
+/// Code that runs only when a space is armed, or when something went wrong: out of line, in a section of its own.
+#define MMUNOTIFY_COLD [[gnu::cold, gnu::noinline]]
+
+/// True under ThreadSanitizer, which understands atomics but neither fences nor inline assembly.
+#if defined(__SANITIZE_THREAD__)
+#define MMUNOTIFY_TSAN 1
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define MMUNOTIFY_TSAN 1
+#endif
+#endif
+#ifndef MMUNOTIFY_TSAN
+#define MMUNOTIFY_TSAN 0
+#endif
+
+MMUNOTIFY_BEGIN_NAMESPACE
+
+/// A programmer's mistake, as the handler gets it. The strings live as long as the call.
+struct contract_violation {
+  const char* rule;      ///< the contract's ID, "L7"
+  const char* function;  ///< "address_space::unregister"
+  const char* sentence;  ///< what is wrong, with the values
+};
+
+/// Called on a contract violation. May be called from any thread and from inside a callback; must not call the library.
+/// When it returns, the violating call returns an error value where it has one, and otherwise does nothing.
+using contract_handler = void (*)(const contract_violation&) noexcept;
+
+namespace detail {
+
+/// The broken variants that MMUNOTIFY_MUTATION selects.
+enum class mutation : int {
+  none = 0,
+  no_retry_check = 1,         ///< invalidation_window::retry says no collision, always
+  unlink_before_release = 2,  ///< unregister unlinks the node first and runs its release hook afterwards
+  no_grace_period = 3,        ///< srcu_domain::synchronize returns at once
+  start_after_change = 4,     ///< reference_mmu changes its tables first and brackets afterwards
+};
+
+/// True in the build that has this one protection removed.
+constexpr bool mutated(mutation m) noexcept { return MMUNOTIFY_MUTATION == static_cast<int>(m); }
+
+inline void print_and_abort(const contract_violation& v) noexcept {
+  std::fprintf(stderr, "mmunotify: contract %s broken in %s: %s\n", v.rule, v.function, v.sentence);
+  std::abort();
+}
+
+inline std::atomic<contract_handler> current_contract_handler{&print_and_abort};
+
+/// Formats one sentence and calls the handler.
+template <class... Values>
+MMUNOTIFY_COLD void violated(const char* rule, const char* function, const char* format, Values... values) noexcept {
+  char sentence[256];
+  if constexpr (sizeof...(Values) == 0) {
+    std::snprintf(sentence, sizeof sentence, "%s", format);
+  } else {
+    std::snprintf(sentence, sizeof sentence, format, values...);
+  }
+  // (cfg1) acquire pairs with (cfg2): what the handler's installer wrote before is visible to the handler.
+  current_contract_handler.load(std::memory_order_acquire)({rule, function, sentence});
+}
+
+}  // namespace detail
+
+/// Replaces the handler (default: one line on stderr, then abort).
+/// Returns: the previous handler. nullptr restores the default. Progress: wait-free.
+inline contract_handler set_contract_handler(contract_handler h) noexcept {
+  // (cfg2) release pairs with (cfg1).
+  return detail::current_contract_handler.exchange(h != nullptr ? h : &detail::print_and_abort,
+                                                   std::memory_order_acq_rel);
+}
+
+MMUNOTIFY_END_NAMESPACE

@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+// What all read-section domains of one process share: the threads' slabs and the domains' slots.
+//
+//   thread A  -> slab A: [word of slot 0][word of slot 1][word of slot 2] ...
+//   thread B  -> slab B: [word of slot 0][word of slot 1][word of slot 2] ...
+//
+// A slab belongs to one thread, which alone stores to it; a domain is an index (its slot) into every slab. So a domain
+// costs a thread 8 bytes, and two threads never store to the same cache line. Slabs are reserved address space; a page
+// of one is committed when its thread first enters a section of one of the page's 512 domains.
+//
+// Records are immortal and recycled: a grace period walks them without a lock. The thread finds its slab through one
+// constinit thread_local pair {runtime, slab}; the runtime is compared on every entry, because inline variables are
+// duplicated between shared objects (clang always, gcc with hidden visibility, dlopen with RTLD_LOCAL): a domain made
+// by one copy of this library and entered through another takes the cold path, which goes through the domain's own
+// runtime. The cold path is also taken always when heavy fences are not to be had: the pair is then never published.
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+
+#include <mmunotify/base/result.hpp>
+#include <mmunotify/config.hpp>
+
+MMUNOTIFY_BEGIN_NAMESPACE
+namespace detail {
+
+/// One word of a slab: 0 outside of the domain's sections, else the domain's sequence at the entry of the outermost.
+using section_word = std::atomic<std::uint64_t>;
+static_assert(sizeof(section_word) == 8 && section_word::is_always_lock_free);
+
+template <class Platform>
+class runtime;
+
+template <class Platform>
+struct thread_record {
+  runtime<Platform>* home = nullptr;
+  std::byte* slab = nullptr;
+  std::atomic<bool> in_use{true};
+  thread_record* next = nullptr;  // never changes once the record is on the list
+
+  section_word& word(std::uint32_t slot) const noexcept {
+    // The slab is zeroed memory of the right size and alignment, and the zero word is a valid section_word.
+    return *std::launder(reinterpret_cast<section_word*>(slab + std::size_t{slot} * sizeof(section_word)));
+  }
+};
+
+template <class Platform>
+class runtime {
+ public:
+  using record = thread_record<Platform>;
+
+  /// This copy's runtime. Never destroyed: threads may outlive static destruction.
+  static runtime& own() noexcept { return own_; }
+
+  /// What a section's fast path reads: {the runtime that this thread is attached to, its slab}.
+  struct thread_view {
+    const runtime* attached_to;
+    std::byte* slab;
+  };
+  static thread_view& view() noexcept { return view_; }
+
+  /// The calling thread's record, made on first use. Returns: nullptr if memory or pthread keys are exhausted.
+  /// Cold: once per thread, except without heavy fences and across copies of the library.
+  MMUNOTIFY_COLD record* attach() noexcept {
+    if (!prepare()) return nullptr;
+    auto* r = static_cast<record*>(Platform::exit_value(key_));
+    if (r == nullptr) {
+      const typename Platform::signal_guard guard;
+      r = take_record();
+      if (r == nullptr) return nullptr;
+      if (!Platform::set_exit_value(key_, r)) {
+        r->in_use.store(false, std::memory_order_release);  // (r3)
+        return nullptr;
+      }
+    }
+    if (this == &own_ && asymmetric()) view_ = {this, r->slab};
+    return r;
+  }
+
+  /// Makes the pthread key. Every domain calls it when it is made, so that the function that runs at thread exit is that
+  /// of the copy of the library that owns this runtime. Returns: false if the process has no key left.
+  bool prepare() noexcept {
+    std::call_once(once_, [this] { ready_ = Platform::create_exit_key(key_, &thread_exits); });
+    return ready_;
+  }
+
+  /// True if readers may rely on heavy fences.
+  bool asymmetric() const noexcept { return Platform::heavy_available(); }
+
+  /// Calls f(record) for every record, until f returns false. A thread that attaches meanwhile may be missed; the
+  /// fences around grace periods make that harmless (see srcu_domain, ordering d4).
+  template <class F>
+  void for_each_record(F&& f) const noexcept {
+    // (r1) acquire pairs with (r2): the record is complete.
+    for (record* r = records_.load(std::memory_order_acquire); r != nullptr; r = r->next) {
+      if (!f(*r)) return;
+    }
+  }
+
+  /// Takes a slot. Returns: 0, which is nobody's slot, when all are in use. O(1).
+  std::uint32_t take_slot() noexcept {
+    const std::lock_guard lock(slots_mutex_);
+    if (free_count_ != 0) return free_slots_[--free_count_];
+    if (next_slot_ == Platform::slots) return 0;
+    return next_slot_++;
+  }
+
+  /// Precondition: every word of the slot is 0.
+  void give_back_slot(std::uint32_t slot) noexcept {
+    const std::lock_guard lock(slots_mutex_);
+    free_slots_[free_count_++] = static_cast<std::uint16_t>(slot);
+  }
+
+ private:
+  record* take_record() noexcept {
+    for (record* r = records_.load(std::memory_order_acquire); r != nullptr; r = r->next) {  // (r1)
+      bool expected = false;
+      // (r4) acquire pairs with (r3): the previous owner's last stores to the slab came before ours.
+      if (r->in_use.compare_exchange_strong(expected, true, std::memory_order_acquire, std::memory_order_relaxed)) {
+        return r;
+      }
+    }
+    auto* r = new (std::nothrow) record;
+    if (r == nullptr) return nullptr;
+    r->home = this;
+    r->slab = Platform::allocate_slab(std::size_t{Platform::slots} * sizeof(section_word));
+    if (r->slab == nullptr) {
+      delete r;
+      return nullptr;
+    }
+    r->next = records_.load(std::memory_order_relaxed);
+    // (r2) release pairs with (r1).
+    while (!records_.compare_exchange_weak(r->next, r, std::memory_order_release, std::memory_order_relaxed)) {
+    }
+    return r;
+  }
+
+  /// Runs in the exiting thread, after its thread_local destructors. A section that is still open is the user's bug: it
+  /// is reported, and closed, because it would block every grace period of its domain for ever.
+  static void thread_exits(void* value) noexcept {
+    auto* r = static_cast<record*>(value);
+    runtime& home = *r->home;
+    if (view_.attached_to == &home) view_ = {nullptr, nullptr};
+    std::uint32_t limit = 0;
+    {
+      const std::lock_guard lock(home.slots_mutex_);
+      limit = home.next_slot_;
+    }
+    for (std::uint32_t slot = 1; slot < limit; ++slot) {
+      if (r->word(slot).load(std::memory_order_relaxed) == 0) continue;
+      violated("S8", "thread exit", "a thread exits inside a read section (domain slot %u)", slot);
+      r->word(slot).store(0, std::memory_order_release);  // (r5) pairs with the grace period's scan, srcu_domain (d3)
+    }
+    r->in_use.store(false, std::memory_order_release);  // (r3) pairs with (r4)
+  }
+
+  std::atomic<record*> records_{nullptr};
+  std::once_flag once_;
+  bool ready_ = false;
+  typename Platform::exit_key key_{};
+
+  std::mutex slots_mutex_;
+  std::uint32_t next_slot_ = 1;
+  std::uint32_t free_count_ = 0;
+  std::uint16_t free_slots_[Platform::slots] = {};
+
+  static runtime own_;
+  [[gnu::tls_model("initial-exec")]] static thread_local constinit thread_view view_;
+};
+
+template <class Platform>
+constinit inline runtime<Platform> runtime<Platform>::own_{};
+
+template <class Platform>
+[[gnu::tls_model("initial-exec")]] constinit inline thread_local typename runtime<Platform>::thread_view
+    runtime<Platform>::view_{nullptr, nullptr};
+
+}  // namespace detail
+MMUNOTIFY_END_NAMESPACE

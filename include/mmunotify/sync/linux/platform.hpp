@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+// The platform policy of sync/ for Linux: asymmetric fences over membarrier(2), futex sleep, slab memory, thread exit.
+//
+// Asymmetric fences. A light fence is free: it only stops the compiler. A heavy fence makes every other thread of the
+// process execute a full fence somewhere between its start and its return. A light and a heavy fence order each other
+// as two sequentially consistent fences would; two light ones order nothing (P1202R5). Readers run light, grace
+// periods heavy.
+//
+// Everything that sync/ needs from outside the C++ memory model goes through this policy, so that a model checker can
+// instantiate the very same headers with fences it understands. A platform provides:
+//   heavy_available()   may heavy() be used? Decided once. If not, readers use full() instead of light().
+//   light() heavy() full() relax()
+//   wait(word, value)   sleeps while word == value, may return early; wake(word) wakes all sleepers
+//   allocate_slab(n)    n zeroed bytes, committed on first touch; nullptr if there are none; never given back
+//   create_exit_key(f), exit_value(key), set_exit_value(key, v)   a per-thread pointer, and f(v) when the thread exits
+//   class signal_guard  blocks signals, so that a handler never sees half an attachment
+//
+// Cost (2 vCPU Zen 4 guest): light 0, heavy 0.5 us on an idle machine and 4-9 us when other threads run.
+// Registration with the kernel takes 13-17 ms once a second thread exists: so it is done in a static initialiser.
+
+#include <atomic>
+#include <cerrno>
+#include <climits>
+#include <csignal>
+#include <cstddef>
+#include <cstdint>
+
+#include <linux/futex.h>
+#include <linux/membarrier.h>
+#include <pthread.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <mmunotify/config.hpp>
+
+MMUNOTIFY_BEGIN_NAMESPACE
+
+struct linux_platform {
+  /// Read-section slots: the number of domains that can exist at a time in one process.
+  static constexpr std::uint32_t slots = 1U << 16;
+
+  /// Returns: true if the kernel grants private expedited membarriers to this process. Registers on the first call.
+  static bool heavy_available() noexcept {
+    static const bool available = [] {
+      const long commands = ::syscall(SYS_membarrier, MEMBARRIER_CMD_QUERY, 0, 0);
+      return commands > 0 && (commands & MEMBARRIER_CMD_PRIVATE_EXPEDITED) != 0 &&
+             ::syscall(SYS_membarrier, MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED, 0, 0) == 0;
+    }();
+    return available;
+  }
+
+  static void light() noexcept { asm volatile("" ::: "memory"); }
+
+  /// Precondition: heavy_available(). A membarrier that fails after it was granted cannot be survived.
+  static void heavy() noexcept {
+    if (::syscall(SYS_membarrier, MEMBARRIER_CMD_PRIVATE_EXPEDITED, 0, 0) != 0) [[unlikely]] {
+      detail::violated("S1", "linux_platform::heavy", "membarrier failed with errno %d after it was granted", errno);
+      std::abort();
+    }
+  }
+
+  /// An ordinary full fence.
+  static void full() noexcept {
+#if defined(__x86_64__)
+    // A locked instruction on the own stack: a full fence at a third of the cost of mfence; and gcc refuses
+    // atomic_thread_fence under ThreadSanitizer.
+    asm volatile("lock; orq $0, -8(%%rsp)" ::: "memory", "cc");
+#elif defined(__aarch64__)
+    asm volatile("dmb ish" ::: "memory");
+#else
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+#endif
+  }
+
+  static void relax() noexcept {
+#if defined(__x86_64__)
+    asm volatile("pause" ::: "memory");
+#elif defined(__aarch64__)
+    asm volatile("yield" ::: "memory");
+#endif
+  }
+
+  static void wait(const std::atomic<std::uint32_t>& word, std::uint32_t value) noexcept {
+    const int saved = errno;
+    ::syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+    errno = saved;
+  }
+
+  static void wake(const std::atomic<std::uint32_t>& word) noexcept {
+    const int saved = errno;
+    ::syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+    errno = saved;
+  }
+
+  static std::byte* allocate_slab(std::size_t bytes) noexcept {
+    void* p = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) return nullptr;
+    ::madvise(p, bytes, MADV_NOHUGEPAGE);  // one touched word must not commit 2 MiB
+    return static_cast<std::byte*>(p);
+  }
+
+  using exit_key = pthread_key_t;
+
+  /// pthread keys, because their destructors run after those of thread_local objects, which may still use a section.
+  static bool create_exit_key(exit_key& key, void (*at_exit)(void*)) noexcept {
+    return ::pthread_key_create(&key, at_exit) == 0;
+  }
+  static void* exit_value(exit_key key) noexcept { return ::pthread_getspecific(key); }
+  static bool set_exit_value(exit_key key, void* value) noexcept { return ::pthread_setspecific(key, value) == 0; }
+
+  class signal_guard {
+   public:
+    signal_guard() noexcept {
+      sigset_t all;
+      ::sigfillset(&all);
+      ::pthread_sigmask(SIG_SETMASK, &all, &saved_);
+    }
+    ~signal_guard() { ::pthread_sigmask(SIG_SETMASK, &saved_, nullptr); }
+    signal_guard(const signal_guard&) = delete;
+    signal_guard& operator=(const signal_guard&) = delete;
+
+   private:
+    sigset_t saved_;
+  };
+};
+
+namespace detail {
+/// Registers while the process is most likely single-threaded (see the cost above).
+inline const bool membarrier_registered_early = linux_platform::heavy_available();
+}  // namespace detail
+
+MMUNOTIFY_END_NAMESPACE
