@@ -48,6 +48,15 @@
 /// Code that runs only when a space is armed, or when something went wrong: out of line, in a section of its own.
 #define MMUNOTIFY_COLD [[gnu::cold, gnu::noinline]]
 
+/// The same, and the caller keeps all its registers: so a caller that is not armed saves none. gcc has no such
+/// convention before 15 and needs none, because it moves the saving to the cold side (shrink-wrapping). Only for
+/// functions that return void: clang 14 restores the return registers, too.
+#if defined(__clang__) && (defined(__x86_64__) || defined(__aarch64__))
+#define MMUNOTIFY_COLD_PRESERVING __attribute__((cold, noinline, preserve_most))
+#else
+#define MMUNOTIFY_COLD_PRESERVING MMUNOTIFY_COLD
+#endif
+
 /// True under ThreadSanitizer, which understands atomics but neither fences nor inline assembly.
 #if defined(__SANITIZE_THREAD__)
 #define MMUNOTIFY_TSAN 1

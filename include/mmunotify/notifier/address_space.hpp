@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+// The address space: where a primary MMU brackets its changes and secondary MMUs register (Linux: mm_struct's
+// notifier_subscriptions, mmu_notifier_invalidate_range_start and friends).
+//
+//   std::shared_mutex tables;                                            // the primary's own lock
+//   address_space<arming::under<std::shared_mutex>> space;
+//   ...
+//   std::shared_lock reading{tables};
+//   auto inv = space.invalidate({first, last}, event::unmap);            // start: everybody lets go
+//   ... change the tables ...                                            // end at the end of the scope
+//
+// The pages behind the range may be freed after the end.
+//
+// Parameters: an arming policy (arming.hpp), then in any order at most one key type (default std::uintptr_t) and at
+// most one observer (default observe::none).
+//
+// Cost, per bracket (Zen 4): compiled out 0; disarmed `under` one load, compare and branch, `tracked` 1 ns more;
+// armed with one subscriber about 6 ns. Size, disarmed: `under` 8 bytes.
+
+#include <concepts>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include <mmunotify/base/address.hpp>
+#include <mmunotify/notifier/arming.hpp>
+#include <mmunotify/notifier/bracket.hpp>
+#include <mmunotify/notifier/detail/tracked_gate.hpp>
+#include <mmunotify/notifier/detail/under_gate.hpp>
+#include <mmunotify/notifier/subscriber.hpp>
+
+MMUNOTIFY_BEGIN_NAMESPACE
+namespace detail {
+
+template <class Default, class...>
+struct observer_among {
+  using type = Default;
+};
+template <class Default, class First, class... Rest>
+struct observer_among<Default, First, Rest...>
+    : std::conditional_t<observe::observer<First>, std::type_identity<First>, observer_among<Default, Rest...>> {};
+
+template <class Default, class...>
+struct key_among {
+  using type = Default;
+};
+template <class Default, class First, class... Rest>
+struct key_among<Default, First, Rest...>
+    : std::conditional_t<!observe::observer<First>, std::type_identity<First>, key_among<Default, Rest...>> {};
+
+template <class Arming, class Key, class Observer>
+struct gate_of;
+template <class Mutex, class Key, class Observer>
+struct gate_of<arming::under<Mutex>, Key, Observer> {
+  using type = under_gate<Key, Observer>;
+};
+template <class Key, class Observer>
+struct gate_of<arming::tracked, Key, Observer> {
+  using type = tracked_gate<Key, Observer>;
+};
+
+template <class Arming>
+inline constexpr bool is_under = false;
+template <class Mutex>
+inline constexpr bool is_under<arming::under<Mutex>> = true;
+
+/// The page of an address: keys that are numbers of bytes, and strong addresses.
+template <class Key>
+concept byte_key = std::unsigned_integral<Key> || requires(Key k) {
+  { k.page() } -> std::same_as<Key>;
+};
+template <byte_key Key>
+constexpr basic_range<Key> page_at(Key k) noexcept {
+  if constexpr (std::unsigned_integral<Key>) {
+    const Key first = k & ~static_cast<Key>(page_mask);
+    return {first, static_cast<Key>(first + page_size)};
+  } else {
+    return {k.page(), k.page() + page_size};
+  }
+}
+
+}  // namespace detail
+
+template <class Arming, class... Options>
+class address_space {
+  static_assert(sizeof...(Options) <= 2, "mmunotify: address_space takes an arming policy, one key and one observer");
+
+ public:
+  using key = typename detail::key_among<std::uintptr_t, Options...>::type;
+  using observer_type = typename detail::observer_among<observe::none, Options...>::type;
+  using range_type = basic_range<key>;
+  using invalidation_type = basic_invalidation<key>;
+
+ private:
+  using gate = typename detail::gate_of<Arming, key, observer_type>::type;
+
+ public:
+  using bracket_type = bracket<gate, key>;
+  /// What the plain start hands to the plain end.
+  using ticket = typename gate::ticket;
+
+  address_space() = default;
+  address_space(const address_space&) = delete;
+  address_space& operator=(const address_space&) = delete;
+  /// Precondition (L1): nobody is registered; checked.
+  ~address_space() = default;
+
+  // --- For the primary MMU. With arming::under, all of these are called with the primary's lock held. ------------
+
+  /// Returns: true if a subscriber is registered. A hint, unless the caller excludes registration.
+  [[gnu::always_inline]] bool armed() const noexcept { return gate_.armed(); }
+
+  /// Effects: start now, end when the bracket goes: between the two no subscriber has a usable mapping in the range.
+  /// Change the tables strictly between, and free pages only after. A range that is empty calls nobody; one that is
+  /// reversed is a contract failure. Context: may sleep (callbacks do); brackets nest, overlap and run in parallel.
+  [[gnu::always_inline]] bracket_type invalidate(range_type r, event e, const void* owner = nullptr) noexcept {
+    return {gate_, r, e, owner, true, gate_.start(r, e, owner)};
+  }
+
+  /// Effects: the bracket of the page that holds the address.
+  [[gnu::always_inline]] bracket_type invalidate_page(key address, event e, const void* owner = nullptr) noexcept
+    requires detail::byte_key<key>
+  {
+    return invalidate(detail::page_at(address), e, owner);
+  }
+
+  /// Effects: as invalidate, but the callbacks are told not to sleep, and may refuse. Returns: a bracket that is false
+  /// if one refused: then everybody who got the start has got the end (P3), and the tables must not be touched.
+  [[gnu::always_inline]] bracket_type try_invalidate(range_type r, event e, const void* owner = nullptr) noexcept {
+    return {gate_, r, e, owner, false, gate_.try_start(r, e, owner)};
+  }
+
+  /// Effects: f() inside a bracket. Returns: what f returns. f is taken by value: capture values, and the disarmed path
+  /// is a load, a compare and a branch with no store at all.
+  template <std::invocable F>
+  [[gnu::always_inline]] decltype(auto) bracketed(range_type r, event e, F f) {
+    if (gate_.skips_bracket()) [[likely]] return f();
+    return bracketed_armed(std::move(f), *this, r.first, r.last, e, nullptr);
+  }
+  template <std::invocable F>
+  [[gnu::always_inline]] decltype(auto) bracketed(range_type r, event e, const void* owner, F f) {
+    if (gate_.skips_bracket()) [[likely]] return f();
+    return bracketed_armed(std::move(f), *this, r.first, r.last, e, owner);
+  }
+
+  /// The plain calls, for code that cannot use a scope. Precondition: `invalidate_range_end` gets the same values as its
+  /// start, in the same thread, exactly once; i.blockable is taken as true.
+  [[nodiscard, gnu::always_inline]] ticket invalidate_range_start(const invalidation_type& i) noexcept {
+    return gate_.start(i.range, i.event, i.owner);
+  }
+  [[gnu::always_inline]] void invalidate_range_end(const invalidation_type& i, ticket t) noexcept {
+    gate_.end(i.range, i.event, i.owner, true, t);
+  }
+
+  /// Effects: tests and clears "accessed" in every secondary MMU, and flushes. Returns: true if any had it. Asks all.
+  [[gnu::always_inline]] bool clear_flush_young(range_type r) noexcept {
+    return gate_.template ask_young<false>(&detail::operations<key>::clear_flush_young, r);
+  }
+  /// Effects: the same without a flush.
+  [[gnu::always_inline]] bool clear_young(range_type r) noexcept {
+    return gate_.template ask_young<false>(&detail::operations<key>::clear_young, r);
+  }
+  /// Returns: true if any secondary MMU has accessed the range; stops at the first that says so.
+  [[gnu::always_inline]] bool test_young(range_type r) noexcept {
+    return gate_.template ask_young<true>(&detail::operations<key>::test_young, r);
+  }
+
+  /// Effects: the address space dies. Every subscriber's release hook runs, once (L4); nobody can register any more.
+  /// Returns: ok after all release hooks have completed, also those that a concurrent unregister runs (L3), and no
+  /// callback of those released here is running or will run; would_deadlock inside a callback or an open bracket (L7).
+  /// Calling it again is harmless. Progress: blocking. Context: without locks that callbacks take.
+  errc release() noexcept { return gate_.release(); }
+
+  // --- For secondary MMUs. ----------------------------------------------------------------------------------------
+
+  /// Effects: brackets that start from now on call the subscriber. `held` is the witness that the caller excludes every
+  /// bracket: a lock that owns the primary's mutex exclusively. O(1); allocates when the space becomes armed.
+  /// Returns: ok; already_registered, released, lock_not_held, no_memory, no_slot, bracket_open (checked builds): then
+  /// nothing has changed. Context: may be called inside callbacks of other spaces.
+  template <class Client, class Lock>
+    requires detail::is_under<Arming>
+  errc register_subscriber(subscriber<Client, key>& node, const Lock& held) noexcept {
+    static_assert(exclusive_lock_of<Lock, typename Arming::mutex>,
+                  "mmunotify: register_subscriber needs a std::unique_lock, lock_guard or scoped_lock of the very mutex "
+                  "type that arming::under names: a shared lock does not exclude brackets");
+    if (!detail::owns(held)) return errc::lock_not_held;
+    return gate_.join(node, this);
+  }
+
+  /// Effects: as above for arming::tracked; waits for one grace period. Returns: also would_deadlock (L7).
+  template <class Client>
+    requires std::same_as<Arming, arming::tracked>
+  errc register_subscriber(subscriber<Client, key>& node) noexcept {
+    return gate_.join(node, this);
+  }
+
+  /// Effects: runs the release hook if nobody has, then removes the subscriber; its brackets in flight get their end
+  /// first (P2). Returns: ok, and no callback of it is running or will run (L1); not_registered; would_deadlock inside a
+  /// callback or an open bracket of this space (L7). Legal before, during and after release() (L5).
+  /// Progress: blocking, two grace periods. Context: without locks that callbacks take.
+  errc unregister(basic_subscriber<key>& node) noexcept { return gate_.leave(node, this); }
+
+  observer_type& observer() noexcept { return gate_.observer(); }
+
+ private:
+  /// The closure comes first, so that a small one travels in registers and never needs a place on the stack.
+  template <class F>
+  MMUNOTIFY_COLD static decltype(auto) bracketed_armed(F f, address_space& space, key first, key last, event e,
+                                                       const void* owner) {
+    const bracket_type b = space.invalidate({first, last}, e, owner);
+    return f();
+  }
+
+  [[no_unique_address]] gate gate_;
+};
+
+MMUNOTIFY_END_NAMESPACE
+
+#include <mmunotify/notifier/disabled.hpp>

@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+// Arming policies: how a bracket finds out that nobody listens, and how registration excludes brackets in flight.
+//
+// The arming race (P7). When the first subscriber arrives, brackets may be in flight that saw nobody. They will not
+// call it, and it must not map anything that they are about to pull away. So registration must not return before they
+// are over.
+//   under<Mutex>  The primary runs every bracket while it holds Mutex, shared or exclusively, as every software MMU
+//                 does. register_subscriber demands a lock that owns Mutex exclusively: so none is in flight, by
+//                 construction. Disarmed, a bracket is one load, one compare, one branch, and 8 bytes. Checked builds
+//                 count open brackets and catch a primary that breaks its word.
+//   tracked       No lock to offer. Every bracket is a read section, two plain stores; registration publishes the node
+//                 and waits for one grace period.
+//   disabled      Compiled out: nothing is left.
+//
+// The registry of an `under` space exists only while it is armed. A bracket that has loaded its address may be late:
+// the registry may have been detached, and may serve another space. So registries come from a pool and are never
+// unmapped, and a bracket looks again, inside the section, whether the space still names it. Dekker: the last leaver
+// stores "disarmed", then waits for a grace period (heavy fence), then gives the registry back; the bracket enters the
+// section (light fence), then looks again.
+//
+// A gate is a policy's mechanism inside an address space. Its hot half is inlined into the primary and must stay as
+// small as it is; its armed half is cold, out of line, and takes and returns values: a bracket whose address escapes
+// would be spilled to the stack field by field.
+
+#include <concepts>
+#include <cstdint>
+#include <mutex>
+#include <new>
+#include <utility>
+
+#include <mmunotify/base/result.hpp>
+#include <mmunotify/config.hpp>
+#include <mmunotify/notifier/detail/registry.hpp>
+
+MMUNOTIFY_BEGIN_NAMESPACE
+
+/// A lock object that, while it is held, excludes all other holders of Mutex: std::unique_lock, std::lock_guard.
+template <class Lock, class Mutex>
+concept exclusive_lock_of = std::same_as<Lock, std::unique_lock<Mutex>> || std::same_as<Lock, std::lock_guard<Mutex>> ||
+                            std::same_as<Lock, std::scoped_lock<Mutex>>;
+
+namespace detail {
+
+/// True if the witness owns its mutex now. A lock_guard always does.
+template <class Lock>
+bool owns(const Lock& lock) noexcept {
+  if constexpr (requires { { lock.owns_lock() } -> std::convertible_to<bool>; }) {
+    return lock.owns_lock();
+  } else {
+    return true;
+  }
+}
+
+/// What an armed start hands to its end, in two registers: whose audience, and whether the section is nested.
+struct armed_bracket {
+  std::uintptr_t registry_and_nested = 0;  ///< 0: nobody was called
+  std::uint64_t version = 0;
+};
+
+/// Registries that serve no space at the moment. They are never given back to the system (see above).
+template <address_key Key>
+class registry_pool {
+ public:
+  struct entry : registry<Key> {
+    entry* next = nullptr;
+  };
+
+  /// Returns: nullptr if memory is exhausted.
+  static entry* take() noexcept {
+    {
+      const std::lock_guard lock(mutex_);
+      if (first_ != nullptr) return std::exchange(first_, first_->next);
+    }
+    return new (std::nothrow) entry;
+  }
+
+  static void give_back(entry* e) noexcept {
+    const std::lock_guard lock(mutex_);
+    e->next = std::exchange(first_, e);
+  }
+
+ private:
+  static inline constinit std::mutex mutex_{};
+  static inline constinit entry* first_ = nullptr;
+};
+
+}  // namespace detail
+
+namespace arming {
+
+template <class Mutex>
+struct under {
+  using mutex = Mutex;
+};
+struct tracked {};
+
+}  // namespace arming
+
+/// The policy of a space that is compiled out.
+struct disabled {};
+
+MMUNOTIFY_END_NAMESPACE
