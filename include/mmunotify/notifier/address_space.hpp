@@ -116,7 +116,7 @@ class address_space {
   /// Change the tables strictly between, and free pages only after. A range that is empty calls nobody; one that is
   /// reversed is a contract failure. Context: may sleep (callbacks do); brackets nest, overlap and run in parallel.
   [[gnu::always_inline]] bracket_type invalidate(range_type r, event e, const void* owner = nullptr) noexcept {
-    return {gate_, r, e, owner, true, gate_.start(r, e, owner)};
+    return {typename bracket_type::blocking{}, gate_, r, e, owner};
   }
 
   /// Effects: the bracket of the page that holds the address.
@@ -129,30 +129,28 @@ class address_space {
   /// Effects: as invalidate, but the callbacks are told not to sleep, and may refuse. Returns: a bracket that is false
   /// if one refused: then everybody who got the start has got the end (P3), and the tables must not be touched.
   [[gnu::always_inline]] bracket_type try_invalidate(range_type r, event e, const void* owner = nullptr) noexcept {
-    return {gate_, r, e, owner, false, gate_.try_start(r, e, owner)};
+    return {typename bracket_type::nonblocking{}, gate_, r, e, owner};
   }
 
   /// Effects: f() inside a bracket. Returns: what f returns. f is taken by value: capture values, and the disarmed path
   /// is a load, a compare and a branch with no store at all.
   template <std::invocable F>
   [[gnu::always_inline]] decltype(auto) bracketed(range_type r, event e, F f) {
-    if (gate_.skips_bracket()) [[likely]] return f();
-    return bracketed_armed(std::move(f), *this, r.first, r.last, e, nullptr);
-  }
-  template <std::invocable F>
-  [[gnu::always_inline]] decltype(auto) bracketed(range_type r, event e, const void* owner, F f) {
-    if (gate_.skips_bracket()) [[likely]] return f();
-    return bracketed_armed(std::move(f), *this, r.first, r.last, e, owner);
+    if constexpr (!gate::closure_out_of_line) {
+      const bracket_type b = invalidate(r, e);
+      return f();
+    } else {
+      if (!armed()) [[likely]] return f();
+      return bracketed_armed(std::move(f), *this, r.first, r.last, e);
+    }
   }
 
-  /// The plain calls, for code that cannot use a scope. Precondition: `invalidate_range_end` gets the same values as its
-  /// start, in the same thread, exactly once; i.blockable is taken as true.
+  /// The plain calls, for code that cannot use a scope. Precondition: invalidate_range_end gets the ticket of its start,
+  /// in the same thread, exactly once. i.blockable is taken as true.
   [[nodiscard, gnu::always_inline]] ticket invalidate_range_start(const invalidation_type& i) noexcept {
     return gate_.start(i.range, i.event, i.owner);
   }
-  [[gnu::always_inline]] void invalidate_range_end(const invalidation_type& i, ticket t) noexcept {
-    gate_.end(i.range, i.event, i.owner, true, t);
-  }
+  [[gnu::always_inline]] void invalidate_range_end(ticket t) noexcept { gate_.end(t); }
 
   /// Effects: tests and clears "accessed" in every secondary MMU, and flushes. Returns: true if any had it. Asks all.
   [[gnu::always_inline]] bool clear_flush_young(range_type r) noexcept {
@@ -207,9 +205,8 @@ class address_space {
  private:
   /// The closure comes first, so that a small one travels in registers and never needs a place on the stack.
   template <class F>
-  MMUNOTIFY_COLD static decltype(auto) bracketed_armed(F f, address_space& space, key first, key last, event e,
-                                                       const void* owner) {
-    const bracket_type b = space.invalidate({first, last}, e, owner);
+  MMUNOTIFY_COLD static decltype(auto) bracketed_armed(F f, address_space& space, key first, key last, event e) {
+    const bracket_type b = space.invalidate({first, last}, e);
     return f();
   }
 

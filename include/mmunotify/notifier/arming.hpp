@@ -26,6 +26,7 @@
 
 #include <concepts>
 #include <cstdint>
+#include <cstdlib>
 #include <mutex>
 #include <new>
 #include <utility>
@@ -53,11 +54,34 @@ bool owns(const Lock& lock) noexcept {
   }
 }
 
-/// What an armed start hands to its end, in two registers: whose audience, and whether the section is nested.
-struct armed_bracket {
-  std::uintptr_t registry_and_nested = 0;  ///< 0: nobody was called
-  std::uint64_t version = 0;
+/// What an armed bracket remembers from its start to its end; in a cell of its thread, so that the caller keeps one
+/// word in a register and nothing on its stack.
+template <address_key Key>
+struct open_bracket {
+  basic_invalidation<Key> i;
+  registry<Key>* audience;
+  std::uint64_t version;
+  srcu_domain::section_token section;
 };
+static_assert(sizeof(open_bracket<std::uint64_t>) <= sizeof(thread_cells::cell));
+
+/// Precondition: inside the registry's section. Never null: a thread that opens more brackets than it has cells is
+/// reported, and ends.
+template <address_key Key>
+[[gnu::always_inline]] inline open_bracket<Key>* make_bracket(registry<Key>& r,
+                                                              srcu_domain::section_token section) noexcept {
+  void* const cell = r.domain().cells().take();
+  if (cell == nullptr) [[unlikely]] {
+    violated("P5", "address_space::invalidate", "one thread has %zu brackets open, and cannot have more",
+             thread_cells::count);
+    std::abort();
+  }
+  auto* const b = new (cell) open_bracket<Key>;
+  b->audience = &r;
+  b->version = r.version();
+  b->section = section;
+  return b;
+}
 
 /// Registries that serve no space at the moment. They are never given back to the system (see above).
 template <address_key Key>
@@ -65,6 +89,7 @@ class registry_pool {
  public:
   struct entry : registry<Key> {
     entry* next = nullptr;
+    void* gate = nullptr;  ///< the gate that it serves; written while nobody can find it
   };
 
   /// Returns: nullptr if memory is exhausted.

@@ -20,8 +20,8 @@ class [[nodiscard]] bracket {
  public:
   bracket(const bracket&) = delete;
   bracket& operator=(const bracket&) = delete;
-  ~bracket() {
-    if (gate_ != nullptr) gate_->end(range_, event_, owner_, blockable_, ticket_);
+  [[gnu::always_inline]] ~bracket() {
+    if (gate_ != nullptr) gate_->end(ticket_);
   }
 
   /// Returns: true if the bracket is open. Only that of try_invalidate can be false.
@@ -31,20 +31,17 @@ class [[nodiscard]] bracket {
   template <class Arming, class... Options>
   friend class address_space;
 
-  bracket(Gate& gate, basic_range<Key> r, event e, const void* owner, bool blockable,
-          typename Gate::ticket ticket) noexcept
-      : gate_(Gate::refused(ticket) ? nullptr : &gate),
-        range_(r),
-        event_(e),
-        blockable_(blockable),
-        owner_(owner),
-        ticket_(ticket) {}
+  struct blocking {};
+  struct nonblocking {};
 
-  Gate* gate_;
-  basic_range<Key> range_;
-  event event_;
-  bool blockable_;
-  const void* owner_;
+  [[gnu::always_inline]] bracket(blocking, Gate& gate, basic_range<Key> r, event e, const void* owner) noexcept
+      : gate_(&gate), ticket_(gate.start(r, e, owner)) {}
+  [[gnu::always_inline]] bracket(nonblocking, Gate& gate, basic_range<Key> r, event e, const void* owner) noexcept
+      : gate_(&gate), ticket_(gate.try_start(r, e, owner)) {
+    if (ticket_ == Gate::refused()) gate_ = nullptr;
+  }
+
+  Gate* gate_;  ///< null after a refusal
   typename Gate::ticket ticket_;
 };
 

@@ -39,12 +39,8 @@ class address_space<disabled, Options...> {
   [[gnu::always_inline]] static constexpr decltype(auto) bracketed(range_type, event, F f) {
     return f();
   }
-  template <std::invocable F>
-  [[gnu::always_inline]] static constexpr decltype(auto) bracketed(range_type, event, const void*, F f) {
-    return f();
-  }
   [[nodiscard]] static constexpr ticket invalidate_range_start(const invalidation_type&) noexcept { return {}; }
-  static constexpr void invalidate_range_end(const invalidation_type&, ticket) noexcept {}
+  static constexpr void invalidate_range_end(ticket) noexcept {}
   static constexpr bool clear_flush_young(range_type) noexcept { return false; }
   static constexpr bool clear_young(range_type) noexcept { return false; }
   static constexpr bool test_young(range_type) noexcept { return false; }

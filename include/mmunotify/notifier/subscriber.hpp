@@ -55,7 +55,7 @@ class basic_subscriber : public hlist_node {
   static constexpr std::uint64_t never = ~std::uint64_t{0};
 
   /// The audience rule: a bracket of version g calls exactly those with born <= g < dead.
-  bool hears(std::uint64_t g) const noexcept {
+  [[gnu::always_inline]] bool hears(std::uint64_t g) const noexcept {
     return born_.load(std::memory_order_relaxed) <= g && g < dead_.load(std::memory_order_relaxed);
   }
 

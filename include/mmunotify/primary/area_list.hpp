@@ -49,7 +49,6 @@ class area_list {
   void swap(area_list& other) noexcept {
     std::swap(items_, other.items_);
     std::swap(size_, other.size_);
-    std::swap(capacity_, other.capacity_);
   }
 
   /// The area that contains the address; null if there is none.
@@ -123,9 +122,9 @@ class area_list {
     return static_cast<std::size_t>(i - items_);
   }
 
+  /// Makes room in a list that is empty and has none.
   bool reserve(std::size_t n) noexcept {
     items_ = new (std::nothrow) area[n];
-    capacity_ = items_ != nullptr ? n : 0;
     return items_ != nullptr;
   }
 
@@ -142,7 +141,6 @@ class area_list {
 
   area* items_ = nullptr;
   std::size_t size_ = 0;
-  std::size_t capacity_ = 0;
 };
 
 MMUNOTIFY_END_NAMESPACE

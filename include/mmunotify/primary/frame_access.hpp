@@ -8,15 +8,18 @@
 // words move as relaxed atomics, the ragged ends byte by byte as relaxed atomics: parties that all have the right to
 // touch the frame never race in the eyes of the language or of ThreadSanitizer.
 //
-// The wholesale copies of migration and swapping use plain memcpy on purpose: at that moment nobody else has a right
-// to the frame, and whoever touches it nevertheless is a data race that ThreadSanitizer then reports.
+// The wholesale copies of migration and swapping are plain on purpose: at that moment nobody else has a right to the
+// frame, and whoever touches it nevertheless is a data race that ThreadSanitizer reports. (For that it must see them:
+// gcc makes string instructions of a memcpy of known size, past the sanitizer. So the size is hidden from it there.)
 
 #include <algorithm>
 #include <atomic>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
+#include <mmunotify/base/address.hpp>
 #include <mmunotify/config.hpp>
 
 MMUNOTIFY_BEGIN_NAMESPACE
@@ -38,13 +41,33 @@ namespace detail {
 template <class Function>
 void for_each_piece(const std::byte* frame, std::size_t n, Function f) noexcept {
   const std::size_t misaligned = reinterpret_cast<std::uintptr_t>(frame) % 8;
+  const std::size_t head = misaligned == 0 ? 0 : std::min(n, 8 - misaligned);
   std::size_t i = 0;
-  for (const std::size_t head = misaligned == 0 ? 0 : std::min(n, 8 - misaligned); i < head; i += 1) f(i, std::size_t{1});
+  for (; i < head; i += 1) f(i, std::size_t{1});
   for (; n - i >= 8; i += 8) f(i, std::size_t{8});
   for (; i < n; i += 1) f(i, std::size_t{1});
 }
 
+/// page_size; under ThreadSanitizer the compiler does not know that.
+inline std::size_t opaque_page_size() noexcept {
+  std::size_t n = page_size;
+#if MMUNOTIFY_TSAN
+  asm("" : "+r"(n));
+#endif
+  return n;
+}
+
 }  // namespace detail
+
+/// Copies a page with plain accesses. Preconditions: nobody else has a right to either, but to read `from`.
+inline void copy_page(std::byte* to, const std::byte* from) noexcept {
+  std::memcpy(to, from, detail::opaque_page_size());
+}
+
+/// Fills a page with plain accesses. Preconditions: nobody else has a right to it.
+inline void fill_page(std::byte* page, std::byte value) noexcept {
+  std::memset(page, static_cast<int>(value), detail::opaque_page_size());
+}
 
 /// Copies n bytes out of a frame. Each aligned word is one of the values it had; words are not ordered.
 /// Preconditions: the n bytes lie in one frame. Progress: wait-free.

@@ -16,7 +16,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <shared_mutex>
 
 #include <mmunotify/config.hpp>
 
@@ -24,8 +23,10 @@ MMUNOTIFY_BEGIN_NAMESPACE
 
 class writer_gate {
  public:
-  /// Locks m exclusively. Progress: blocking. Context: may sleep; not while this thread holds m in any way.
-  void lock(std::shared_mutex& m) noexcept {
+  /// Locks m, a std::shared_mutex or one like it, exclusively. Progress: blocking. Context: may sleep; not while this
+  /// thread holds m in any way.
+  template <class SharedMutex>
+  void lock(SharedMutex& m) noexcept {
     state_.fetch_add(1, std::memory_order_relaxed);
     m.lock();
     // Leaves the count and adds an admission in one step: a reader never sees the one without the other.
@@ -34,7 +35,8 @@ class writer_gate {
   }
 
   /// Locks m shared, behind a writer that is waiting. Progress: blocking. Context: as lock().
-  void lock_shared(std::shared_mutex& m) noexcept {
+  template <class SharedMutex>
+  void lock_shared(SharedMutex& m) noexcept {
     // All relaxed: the gate only delays. What a reader may see is ordered by the mutex.
     const std::uint64_t arrival = state_.load(std::memory_order_relaxed);
     std::uint64_t now = arrival;

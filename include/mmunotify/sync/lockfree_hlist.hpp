@@ -19,6 +19,7 @@
 
 #include <atomic>
 #include <concepts>
+#include <cstddef>
 #include <cstdint>
 
 #include <mmunotify/base/result.hpp>
@@ -123,19 +124,37 @@ class lockfree_hlist {
     return errc::ok;
   }
 
-  /// Effects: calls f(Node&) for every node that is not deleted, newest first, until f returns false.
-  /// Precondition: inside a read section of the domain, which a bracket may hold without an object. Progress: wait-free
-  /// but for f. Context: f may sleep, insert, and mark; it must not wait for a grace period of the domain.
-  template <class F>
-  void for_each(F&& f) const {
-    // (h4) acquire pairs with (h3) and (h5).
-    for (std::uintptr_t link = head_.load(std::memory_order_acquire); link != 0;) {
-      hlist_node* n = node_at(link);
-      const std::uintptr_t next = n->next_.load(std::memory_order_acquire);  // (h4)
-      if ((next & deleted) == 0 && !f(static_cast<Node&>(*n))) return;
-      link = next & ~deleted;
+  /// Walks the nodes that are not deleted, newest first: `for (Node& n : list)`.
+  class iterator {
+   public:
+    [[gnu::always_inline]] explicit iterator(std::uintptr_t link) noexcept { settle(link); }
+    [[gnu::always_inline]] Node& operator*() const noexcept { return static_cast<Node&>(*here_); }
+    [[gnu::always_inline]] iterator& operator++() noexcept {
+      settle(next_);
+      return *this;
     }
+    [[gnu::always_inline]] bool operator==(std::nullptr_t) const noexcept { return here_ == nullptr; }
+
+   private:
+    /// Goes to the first node from `link` on that is not deleted.
+    [[gnu::always_inline]] void settle(std::uintptr_t link) noexcept {
+      for (; link != 0; link = next_ & ~deleted) {
+        here_ = node_at(link);
+        next_ = here_->next_.load(std::memory_order_acquire);  // (h4)
+        if ((next_ & deleted) == 0) [[likely]] return;
+      }
+      here_ = nullptr;
+    }
+    hlist_node* here_ = nullptr;
+    std::uintptr_t next_ = 0;  ///< read when the walk came here, so a node that is deleted under it is left behind
+  };
+
+  /// Precondition of a walk: inside a read section of the domain, which a bracket may hold without an object.
+  /// Progress: wait-free. Context: whoever walks may sleep, insert, and mark; but not wait for the domain.
+  [[gnu::always_inline]] iterator begin() const noexcept {
+    return iterator(head_.load(std::memory_order_acquire));  // (h4) pairs with (h3), (h5), (h6)
   }
+  static constexpr std::nullptr_t end() noexcept { return nullptr; }
 
  private:
   static constexpr std::uintptr_t deleted = 1;

@@ -86,47 +86,45 @@ class basic_srcu_domain {
   /// are harmless and protect nothing; synchronize() on it is a contract failure.
   errc status() const noexcept { return slot_ != 0 ? errc::ok : errc::no_slot; }
 
-  /// What read_lock hands to read_unlock: where the thread's word is, and whether the section is nested.
+  /// What read_lock hands to read_unlock: the thread's word, null if the section is nested in another.
   class section_token {
     friend basic_srcu_domain;
-    word* word_ = nullptr;
-    bool nested_ = false;
+    word* outermost_ = nullptr;
 
    public:
-    bool nested() const noexcept { return nested_; }
+    bool nested() const noexcept { return outermost_ == nullptr; }
   };
 
   /// Effects: begins a read section of the calling thread. Errors: if the thread cannot get a slab (memory exhausted in
   /// its very first section) the contract handler is called, and the process ends; attach_this_thread() asks first.
   /// Progress: wait-free. Context: anywhere, also in a signal handler of a thread that is attached.
-  [[nodiscard]] section_token read_lock() noexcept {
-    section_token t;
+  [[nodiscard, gnu::always_inline]] section_token read_lock() noexcept {
     const auto view = runtime::view();
     if (view.attached_to != runtime_) [[unlikely]] {
       return read_lock_cold();
     }
-    t.word_ = word_in(view.slab);
-    t.nested_ = enter(*t.word_);
+    const section_token t = enter(*word_in(view.slab));
     Platform::light();
     return t;
   }
 
   /// Effects: ends the section. Precondition: same thread as read_lock; sections end in reverse order of their begin.
-  void read_unlock(section_token t) noexcept {
+  [[gnu::always_inline]] void read_unlock(section_token t) noexcept {
     Platform::light();
-    if (!t.nested_) {
-      t.word_->store(0, std::memory_order_release);  // (d4) pairs with (d3)
+    if (!t.nested()) [[likely]] {
+      t.outermost_->store(0, std::memory_order_release);  // (d4) pairs with (d3)
       Platform::light();
       if (waiter_.load(std::memory_order_relaxed) != 0) [[unlikely]] leave_cold();
     }
   }
 
-  /// read_unlock for whoever kept only the fact that the section was nested (a bracket, to stay in two registers).
-  void read_unlock(bool nested) noexcept {
-    section_token t;
-    t.word_ = &own_word();
-    t.nested_ = nested;
-    read_unlock(t);
+  /// Memory of the calling thread's own for what a section has to remember. Precondition: inside a section.
+  [[gnu::always_inline]] detail::thread_cells& cells() noexcept {
+    const auto view = runtime::view();
+    if (view.attached_to != runtime_) [[unlikely]] {
+      return detail::thread_record<Platform>::cells_in(attached().slab);
+    }
+    return detail::thread_record<Platform>::cells_in(view.slab);
   }
 
   /// Returns: true inside a section of this domain (in a callback or an open bracket, for an address space).
@@ -163,39 +161,39 @@ class basic_srcu_domain {
   static constexpr std::uint32_t asleep = 2;  ///< waiter_: a grace period sleeps
   static constexpr int spins = 200;           ///< about 2 us of pause before a grace period sleeps
 
-  word* word_in(std::byte* slab) const noexcept {
+  [[gnu::always_inline]] word* word_in(std::byte* slab) const noexcept {
     return std::launder(reinterpret_cast<word*>(slab + std::size_t{slot_} * sizeof(word)));
   }
 
-  /// Returns: whether the section is nested.
-  bool enter(word& w) noexcept {
-    if (w.load(std::memory_order_relaxed) != 0) return true;
-    // (d2) acquire pairs with (d1); (d5) release pairs with (d3).
-    w.store(sequence_.load(std::memory_order_acquire), std::memory_order_release);
-    return false;
+  [[gnu::always_inline]] section_token enter(word& w) noexcept {
+    section_token t;
+    if (w.load(std::memory_order_relaxed) == 0) [[likely]] {
+      // (d2) acquire pairs with (d1); (d5) release pairs with (d3).
+      w.store(sequence_.load(std::memory_order_acquire), std::memory_order_release);
+      t.outermost_ = &w;
+    }
+    return t;
   }
 
-  word& own_word() noexcept {
+  [[gnu::always_inline]] word& own_word() noexcept {
     const auto view = runtime::view();
     if (view.attached_to != runtime_) [[unlikely]] {
-      return attached_word();
+      return attached().word(slot_);
     }
     return *word_in(view.slab);
   }
 
-  MMUNOTIFY_COLD word& attached_word() noexcept {
+  MMUNOTIFY_COLD typename runtime::record& attached() noexcept {
     auto* r = runtime_->attach();
     if (r == nullptr) {
       detail::violated("S8", "srcu_domain", "out of memory for a thread's first read section");
       std::abort();
     }
-    return r->word(slot_);
+    return *r;
   }
 
   MMUNOTIFY_COLD section_token read_lock_cold() noexcept {
-    section_token t;
-    t.word_ = &attached_word();
-    t.nested_ = enter(*t.word_);
+    const section_token t = enter(attached().word(slot_));
     Platform::full();  // stands for the light fence where heavy fences do not exist
     return t;
   }

@@ -56,32 +56,32 @@ class registry {
   // --- Brackets. Precondition of each: inside a read section of the domain. -------------------------------------
 
   /// The version that fixes a bracket's audience. Never 0.
-  std::uint64_t version() const noexcept { return version_.load(std::memory_order_acquire); }  // (n2) pairs with (n1)
+  [[gnu::always_inline]] std::uint64_t version() const noexcept { return version_.load(std::memory_order_acquire); }  // (n2) pairs with (n1)
 
   template <observe::observer O>
-  void call_start(const basic_invalidation<Key>& i, std::uint64_t g, O& observer) {
+  [[gnu::always_inline]] void call_start(const basic_invalidation<Key>& i, std::uint64_t g, O& observer) {
     std::uint64_t calls = 0;
-    list_.for_each([&](node& n) {
-      if (n.operations_->start != nullptr && n.hears(g)) {
-        ++calls;
-        n.operations_->start(n.client_, i);
-      }
-      return true;
-    });
+    for (node& n : list_) {
+      if (n.operations_->start == nullptr || !n.hears(g)) continue;
+      ++calls;
+      n.operations_->start(n.client_, i);
+    }
     observer.note(observe::occurrence::bracket, 1);
     observer.note(observe::occurrence::callback, calls);
   }
 
+  /// up_to: the last one to be called, null for everybody.
   template <observe::observer O>
-  void call_end(const basic_invalidation<Key>& i, std::uint64_t g, O& observer, const node* up_to = nullptr) {
+  [[gnu::always_inline]] void call_end(const basic_invalidation<Key>& i, std::uint64_t g, O& observer,
+                                       const node* up_to = nullptr) {
     std::uint64_t calls = 0;
-    list_.for_each([&](node& n) {
+    for (node& n : list_) {
       if (n.operations_->end != nullptr && n.hears(g)) {
         ++calls;
         n.operations_->end(n.client_, i);
       }
-      return &n != up_to;
-    });
+      if (&n == up_to) break;
+    }
     observer.note(observe::occurrence::callback, calls);
   }
 
@@ -91,12 +91,13 @@ class registry {
   [[nodiscard]] bool try_call_start(const basic_invalidation<Key>& i, std::uint64_t g, O& observer) {
     std::uint64_t calls = 0;
     const node* refused = nullptr;
-    list_.for_each([&](node& n) {
-      if (n.operations_->start == nullptr || !n.hears(g)) return true;
+    for (node& n : list_) {
+      if (n.operations_->start == nullptr || !n.hears(g)) continue;
       ++calls;
-      if (!n.operations_->start(n.client_, i)) refused = &n;
-      return refused == nullptr;
-    });
+      if (n.operations_->start(n.client_, i)) continue;
+      refused = &n;
+      break;
+    }
     observer.note(observe::occurrence::callback, calls);
     if (refused == nullptr) {
       observer.note(observe::occurrence::bracket, 1);
@@ -107,20 +108,19 @@ class registry {
     return false;
   }
 
-  /// Asks the young hook that `Hook` selects; stops at the first yes if FirstYes, else asks everybody and ORs (O5).
+  /// Asks the young hook that `hook` selects; stops at the first yes if FirstYes, else asks everybody and ORs (O5).
   template <bool FirstYes, observe::observer O>
   bool ask_young(young_hook<Key> hook, basic_range<Key> r, O& observer) {
     const std::uint64_t g = version();
     bool young = false;
     std::uint64_t calls = 0;
-    list_.for_each([&](node& n) {
+    for (node& n : list_) {
       const auto ask = n.operations_->*hook;
-      if (ask != nullptr && n.hears(g)) {
-        ++calls;
-        young |= ask(n.client_, r);
-      }
-      return !(FirstYes && young);
-    });
+      if (ask == nullptr || !n.hears(g)) continue;
+      ++calls;
+      young |= ask(n.client_, r);
+      if (FirstYes && young) break;
+    }
     observer.note(observe::occurrence::callback, calls);
     return young;
   }
@@ -301,7 +301,7 @@ class registry {
   node* claim_all(O& observer) {
     node* mine = nullptr;
     const section s(domain_);
-    list_.for_each([&](node& n) {
+    for (node& n : list_) {
       std::uint32_t expected = node::live;
       if (n.phase_.compare_exchange_strong(expected, node::leaving, std::memory_order_acquire,  // (n4)
                                            std::memory_order_acquire)) {
@@ -311,8 +311,7 @@ class registry {
       } else {
         wait_while(n, node::leaving);
       }
-      return true;
-    });
+    }
     return mine;
   }
 

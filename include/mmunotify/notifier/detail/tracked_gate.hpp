@@ -19,8 +19,9 @@ class tracked_gate {
 
   struct ticket {
     srcu_domain::section_token section;
-    std::uint64_t version = 0;  ///< 0: nobody was called
-    bool refused = false;
+    open_bracket<Key>* armed = nullptr;  ///< null: nobody was called
+
+    friend bool operator==(const ticket& a, const ticket& b) noexcept { return a.armed == b.armed; }
   };
 
   // --- The hot half. ----------------------------------------------------------------------------------------------
@@ -29,30 +30,30 @@ class tracked_gate {
 
   // Dekker: registration links the node, then waits for a grace period; a bracket enters the section, then looks for
   // nodes. Either the bracket sees the node, or the registration waits for the bracket.
-  ticket start(basic_range<Key> r, event e, const void* owner) noexcept {
-    ticket t{registry_.domain().read_lock(), 0, false};
-    if (armed()) [[unlikely]] t.version = start_armed(r.first, r.last, e, owner);
+  [[gnu::always_inline]] ticket start(basic_range<Key> r, event e, const void* owner) noexcept {
+    ticket t{registry_.domain().read_lock(), nullptr};
+    if (armed()) [[unlikely]] t.armed = start_armed(r.first, r.last, e, owner);
     return t;
   }
 
-  void end(basic_range<Key> r, event e, const void* owner, bool blockable, ticket t) noexcept {
-    if (t.version != 0) [[unlikely]] end_armed(t.version, r.first, r.last, e, owner, blockable);
+  [[gnu::always_inline]] void end(const ticket& t) noexcept {
+    if (t.armed != nullptr) [[unlikely]] end_armed(t.armed);
     registry_.domain().read_unlock(t.section);
   }
 
-  ticket try_start(basic_range<Key> r, event e, const void* owner) noexcept {
-    ticket t{registry_.domain().read_lock(), 0, false};
+  /// Returns: refused() if a client refused; then the bracket is over and end() must not be called.
+  [[gnu::always_inline]] ticket try_start(basic_range<Key> r, event e, const void* owner) noexcept {
+    ticket t{registry_.domain().read_lock(), nullptr};
     if (armed()) [[unlikely]] {
-      t.version = try_start_armed(r.first, r.last, e, owner);
-      t.refused = t.version == refused_version;
-      if (t.refused) registry_.domain().read_unlock(t.section);
+      t.armed = try_start_armed(r.first, r.last, e, owner);
+      if (t == refused()) registry_.domain().read_unlock(t.section);
     }
     return t;
   }
-  static bool refused(const ticket& t) noexcept { return t.refused; }
+  static ticket refused() noexcept { return {{}, reinterpret_cast<open_bracket<Key>*>(std::uintptr_t{1})}; }
 
-  /// The section is the bracket's, armed or not.
-  static constexpr bool skips_bracket() noexcept { return false; }
+  /// A disarmed bracket is a section all the same, and too small to be put out of line.
+  static constexpr bool closure_out_of_line = false;
 
   template <bool FirstYes>
   bool ask_young(young_hook<Key> hook, basic_range<Key> r) noexcept {
@@ -100,26 +101,40 @@ class tracked_gate {
   Observer& observer() noexcept { return observer_; }
 
  private:
-  static constexpr std::uint64_t refused_version = ~std::uint64_t{0};
-
-  MMUNOTIFY_COLD std::uint64_t start_armed(Key first, Key last, event e, const void* owner) noexcept {
-    const basic_invalidation<Key> i{{first, last}, e, owner, true};
-    if (!is_valid(i.range)) return 0;
-    const std::uint64_t g = registry_.version();
-    registry_.call_start(i, g, observer_);
-    return g;
+  /// Inside the bracket's section already.
+  [[gnu::always_inline]] open_bracket<Key>* make(Key first, Key last, event e, const void* owner,
+                                                 bool blockable) noexcept {
+    if (!is_valid<Key>({first, last})) [[unlikely]] return nullptr;
+    open_bracket<Key>* const b = make_bracket(registry_, {});
+    b->i.range = {first, last};
+    b->i.event = e;
+    b->i.owner = owner;
+    b->i.blockable = blockable;
+    return b;
   }
 
-  MMUNOTIFY_COLD std::uint64_t try_start_armed(Key first, Key last, event e, const void* owner) noexcept {
-    const basic_invalidation<Key> i{{first, last}, e, owner, false};
-    if (!is_valid(i.range)) return 0;
-    const std::uint64_t g = registry_.version();
-    return registry_.try_call_start(i, g, observer_) ? g : refused_version;
+  // As in under_gate: cold ends in the primary's code, fast walks behind them.
+
+  MMUNOTIFY_COLD open_bracket<Key>* start_armed(Key first, Key last, event e, const void* owner) noexcept {
+    return start_walk(first, last, e, owner);
+  }
+  MMUNOTIFY_COLD void end_armed(open_bracket<Key>* b) noexcept { end_walk(b); }
+
+  MMUNOTIFY_ARMED open_bracket<Key>* start_walk(Key first, Key last, event e, const void* owner) noexcept {
+    open_bracket<Key>* const b = make(first, last, e, owner, true);
+    if (b != nullptr) [[likely]] registry_.call_start(b->i, b->version, observer_);
+    return b;
+  }
+  MMUNOTIFY_ARMED void end_walk(open_bracket<Key>* b) noexcept {
+    registry_.call_end(b->i, b->version, observer_);
+    registry_.domain().cells().give_back(b);
   }
 
-  MMUNOTIFY_COLD void end_armed(std::uint64_t g, Key first, Key last, event e, const void* owner,
-                                bool blockable) noexcept {
-    registry_.call_end({{first, last}, e, owner, blockable}, g, observer_);
+  MMUNOTIFY_COLD open_bracket<Key>* try_start_armed(Key first, Key last, event e, const void* owner) noexcept {
+    open_bracket<Key>* const b = make(first, last, e, owner, false);
+    if (b == nullptr || registry_.try_call_start(b->i, b->version, observer_)) return b;
+    registry_.domain().cells().give_back(b);
+    return refused().armed;
   }
 
   template <bool FirstYes>

@@ -40,7 +40,8 @@ class under_gate {
 
  public:
   using node = basic_subscriber<Key>;
-  using ticket = armed_bracket;
+  /// Null: nobody was called.
+  using ticket = open_bracket<Key>*;
 
   under_gate() = default;
   under_gate(const under_gate&) = delete;
@@ -54,29 +55,29 @@ class under_gate {
   // Relaxed: whoever arms holds the primary's lock exclusively, and whoever brackets holds it, too.
   bool armed() const noexcept { return word_.load(std::memory_order_relaxed) > released; }
 
-  ticket start(basic_range<Key> r, event e, const void* owner) noexcept {
+  [[gnu::always_inline]] ticket start(basic_range<Key> r, event e, const void* owner) noexcept {
     open_.add(1);
-    if (!armed()) [[likely]] return {};
-    return start_saving_registers(r.first, r.last, e, owner);
+    if (!armed()) [[likely]] return nullptr;
+    return start_armed<true>(r.first, r.last, e, owner);
   }
 
-  void end(basic_range<Key> r, event e, const void* owner, bool blockable, ticket t) noexcept {
-    if (t.registry_and_nested != 0) [[unlikely]] end_armed(t, r.first, r.last, e, owner, blockable);
+  [[gnu::always_inline]] void end(ticket t) noexcept {
+    if (t != nullptr) [[unlikely]] end_armed(t);
     open_.add(-1);
   }
 
   /// Returns: refused() if a client refused; then the bracket is over and end() must not be called.
-  ticket try_start(basic_range<Key> r, event e, const void* owner) noexcept {
+  [[gnu::always_inline]] ticket try_start(basic_range<Key> r, event e, const void* owner) noexcept {
     open_.add(1);
-    if (!armed()) [[likely]] return {};
-    const ticket t = try_start_armed(r.first, r.last, e, owner);
-    if (refused(t)) open_.add(-1);
+    if (!armed()) [[likely]] return nullptr;
+    const ticket t = start_armed<false>(r.first, r.last, e, owner);
+    if (t == refused()) open_.add(-1);
     return t;
   }
-  static bool refused(ticket t) noexcept { return t.registry_and_nested == 0 && t.version != 0; }
+  static ticket refused() noexcept { return reinterpret_cast<ticket>(std::uintptr_t{1}); }
 
-  /// True if the closure form may call its closure bare.
-  bool skips_bracket() const noexcept { return MMUNOTIFY_CHECKED == 0 && !armed(); }
+  /// The closure form calls its closure bare when disarmed, and has its armed half, closure and all, out of line.
+  static constexpr bool closure_out_of_line = MMUNOTIFY_CHECKED == 0;
 
   template <bool FirstYes>
   bool ask_young(young_hook<Key> hook, basic_range<Key> r) noexcept {
@@ -128,9 +129,8 @@ class under_gate {
 
  private:
   static constexpr std::uintptr_t released = 1;
-  static constexpr std::uintptr_t nested = 1;  ///< in a ticket, where the released bit is of no interest
 
-  static entry* at(std::uintptr_t word) noexcept { return reinterpret_cast<entry*>(word & ~std::uintptr_t{1}); }
+  [[gnu::always_inline]] static entry* at(std::uintptr_t word) noexcept { return reinterpret_cast<entry*>(word & ~std::uintptr_t{1}); }
   /// The registry that the word names, null when disarmed. (u2) acquire pairs with (u1): it is complete.
   entry* named() const noexcept { return at(word_.load(std::memory_order_acquire)); }
 
@@ -156,6 +156,7 @@ class under_gate {
     if (word_.load(std::memory_order_relaxed) == released) return errc::released;
     entry* const r = pool::take();
     if (r == nullptr) return errc::no_memory;
+    r->gate = this;
     std::uintptr_t expected = 0;
     errc e = r->domain().status();
     // (u1) release pairs with (u2), (u3), (u4): the registry is complete for whoever finds it.
@@ -172,67 +173,83 @@ class under_gate {
   /// Under the writers' mutex, when the last subscriber has been unlinked.
   void disarm() noexcept { word_.fetch_and(released, std::memory_order_relaxed); }
 
-  /// Enters the named registry's section. Returns: {} if the space is disarmed after all.
-  ticket enter() noexcept {
-    while (entry* const r = named()) {
+  struct entered {
+    entry* audience = nullptr;  ///< null: the space is disarmed after all
+    srcu_domain::section_token section{};
+  };
+
+  /// Enters the section of the registry that the word names.
+  [[gnu::always_inline]] entered enter() noexcept {
+    while (true) {
+      const std::uintptr_t word = word_.load(std::memory_order_acquire);  // (u2)
+      if (word <= released) [[unlikely]] return {};
+      entry* const r = at(word);
       const auto section = r->domain().read_lock();
-      if (named() == r) [[likely]] {  // (u4): inside the section now, so it stays ours
-        return {reinterpret_cast<std::uintptr_t>(r) | (section.nested() ? nested : 0), r->version()};
-      }
+      if (word_.load(std::memory_order_acquire) == word) [[likely]] return {r, section};  // (u4): it stays ours
       r->domain().read_unlock(section);
     }
-    return {};
   }
 
-  static void leave_section(ticket t) noexcept {
-    at(t.registry_and_nested)->domain().read_unlock((t.registry_and_nested & nested) != 0);
-  }
+  // start_armed and end_armed are the cold ends of the hooks in the primary's code; the walks behind them are fast.
 
 #if defined(__clang__)
-  ticket start_saving_registers(Key first, Key last, event e, const void* owner) noexcept {
+  template <bool Blockable>
+  [[gnu::always_inline]] ticket start_armed(Key first, Key last, event e, const void* owner) noexcept {
     ticket t;
-    start_armed_into(t, first, last, e, owner);
+    start_armed_into<Blockable>(t, first, last, e, owner);
     return t;
   }
+  template <bool Blockable>
   MMUNOTIFY_COLD_PRESERVING void start_armed_into(ticket& t, Key first, Key last, event e, const void* owner) noexcept {
-    t = start_armed(first, last, e, owner);
+    t = start_walk<Blockable>(first, last, e, owner);
   }
 #else
-  ticket start_saving_registers(Key first, Key last, event e, const void* owner) noexcept {
-    return start_armed(first, last, e, owner);
+  template <bool Blockable>
+  MMUNOTIFY_COLD ticket start_armed(Key first, Key last, event e, const void* owner) noexcept {
+    return start_walk<Blockable>(first, last, e, owner);
   }
 #endif
+  /// Static: what it needs of the space it finds through the registry.
+  MMUNOTIFY_COLD static void end_armed(ticket b) noexcept { end_walk(b); }
 
-  MMUNOTIFY_COLD ticket start_armed(Key first, Key last, event e, const void* owner) noexcept {
-    const basic_invalidation<Key> i{{first, last}, e, owner, true};
-    if (!is_valid(i.range)) return {};
-    const ticket t = enter();
-    if (t.registry_and_nested != 0) at(t.registry_and_nested)->call_start(i, t.version, observer_);
-    return t;
+  template <bool Blockable>
+  MMUNOTIFY_ARMED ticket start_walk(Key first, Key last, event e, const void* owner) noexcept {
+    if (!is_valid<Key>({first, last})) [[unlikely]] return nullptr;
+    const entered in = enter();
+    if (in.audience == nullptr) [[unlikely]] return nullptr;
+    open_bracket<Key>* const b = make_bracket(*in.audience, in.section);
+    b->i.range = {first, last};
+    b->i.event = e;
+    b->i.owner = owner;
+    b->i.blockable = Blockable;
+    if constexpr (Blockable) {
+      in.audience->call_start(b->i, b->version, observer_);
+    } else if (!in.audience->try_call_start(b->i, b->version, observer_)) {
+      close(b);
+      return refused();
+    }
+    return b;
   }
 
-  MMUNOTIFY_COLD ticket try_start_armed(Key first, Key last, event e, const void* owner) noexcept {
-    const basic_invalidation<Key> i{{first, last}, e, owner, false};
-    if (!is_valid(i.range)) return {};
-    const ticket t = enter();
-    if (t.registry_and_nested == 0) return t;
-    if (at(t.registry_and_nested)->try_call_start(i, t.version, observer_)) return t;
-    leave_section(t);
-    return {0, t.version};
+  MMUNOTIFY_ARMED static void end_walk(ticket b) noexcept {
+    auto* const r = static_cast<entry*>(b->audience);
+    r->call_end(b->i, b->version, static_cast<under_gate*>(r->gate)->observer_);
+    close(b);
   }
 
-  MMUNOTIFY_COLD_PRESERVING void end_armed(ticket t, Key first, Key last, event e, const void* owner, bool blockable) noexcept {
-    entry* const r = at(t.registry_and_nested);
-    r->call_end({{first, last}, e, owner, blockable}, t.version, observer_);
-    leave_section(t);
+  [[gnu::always_inline]] static void close(ticket b) noexcept {
+    auto& domain = b->audience->domain();
+    const auto section = b->section;
+    domain.cells().give_back(b);
+    domain.read_unlock(section);
   }
 
   template <bool FirstYes>
   MMUNOTIFY_COLD bool ask_young_armed(young_hook<Key> hook, basic_range<Key> r) noexcept {
-    const ticket t = enter();
-    if (t.registry_and_nested == 0) return false;
-    const bool young = at(t.registry_and_nested)->template ask_young<FirstYes>(hook, r, observer_);
-    leave_section(t);
+    const entered in = enter();
+    if (in.audience == nullptr) return false;
+    const bool young = in.audience->template ask_young<FirstYes>(hook, r, observer_);
+    in.audience->domain().read_unlock(in.section);
     return young;
   }
 

@@ -7,7 +7,7 @@
 //   thread B  -> slab B: [word of slot 0][word of slot 1][word of slot 2] ...
 //
 // A slab belongs to one thread, which alone stores to it; a domain is an index (its slot) into every slab. So a domain
-// costs a thread 8 bytes, and two threads never store to the same cache line. Slabs are reserved address space; a page
+// costs a thread 8 bytes (the cells behind the words are for open brackets), and two threads never store to the same cache line. Slabs are reserved address space; a page
 // of one is committed when its thread first enters a section of one of the page's 512 domains.
 //
 // Records are immortal and recycled: a grace period walks them without a lock. The thread finds its slab through one
@@ -33,11 +33,45 @@ namespace detail {
 using section_word = std::atomic<std::uint64_t>;
 static_assert(sizeof(section_word) == 8 && section_word::is_always_lock_free);
 
+/// Fixed-size cells of a thread's own, in its slab: what an armed bracket has to remember from its start to its end.
+/// Taking one is two loads and a store, allocates nothing (the pages of the slab are committed on first touch), and is
+/// as safe in a signal handler as a section: whoever interrupts it gives back what it took, and the list is as it was.
+struct alignas(64) thread_cells {
+  struct alignas(64) cell {
+    cell* next;
+    std::byte rest[56];
+  };
+  static constexpr std::size_t count = 4096;
+
+  cell* free;
+  std::size_t used;  ///< cells from here on were never taken
+
+  /// Returns: nullptr when all are taken.
+  [[gnu::always_inline]] void* take() noexcept {
+    if (cell* const c = free; c != nullptr) [[likely]] {
+      free = c->next;
+      return c;
+    }
+    if (used == count) return nullptr;
+    return reinterpret_cast<cell*>(this + 1) + used++;
+  }
+  [[gnu::always_inline]] void give_back(void* p) noexcept {
+    auto* const c = static_cast<cell*>(p);
+    c->next = free;
+    free = c;
+  }
+};
+
 template <class Platform>
 class runtime;
 
 template <class Platform>
 struct thread_record {
+  static constexpr std::size_t words_size = std::size_t{Platform::slots} * sizeof(section_word);
+  static constexpr std::size_t cells_offset = (words_size + 63) & ~std::size_t{63};
+  static constexpr std::size_t slab_size =
+      cells_offset + sizeof(thread_cells) + thread_cells::count * sizeof(thread_cells::cell);
+
   runtime<Platform>* home = nullptr;
   std::byte* slab = nullptr;
   std::atomic<bool> in_use{true};
@@ -46,6 +80,9 @@ struct thread_record {
   section_word& word(std::uint32_t slot) const noexcept {
     // The slab is zeroed memory of the right size and alignment, and the zero word is a valid section_word.
     return *std::launder(reinterpret_cast<section_word*>(slab + std::size_t{slot} * sizeof(section_word)));
+  }
+  [[gnu::always_inline]] static thread_cells& cells_in(std::byte* slab) noexcept {
+    return *std::launder(reinterpret_cast<thread_cells*>(slab + cells_offset));
   }
 };
 
@@ -128,7 +165,7 @@ class runtime {
     auto* r = new (std::nothrow) record;
     if (r == nullptr) return nullptr;
     r->home = this;
-    r->slab = Platform::allocate_slab(std::size_t{Platform::slots} * sizeof(section_word));
+    r->slab = Platform::allocate_slab(record::slab_size);
     if (r->slab == nullptr) {
       delete r;
       return nullptr;

@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+// The page table of a software primary MMU: a radix tree of 64-bit entries, one per 4 KiB page, with a lock in each.
+//
+// Five levels of 512, as in hardware. Nodes appear while the primary's lock is held shared (two threads that fault
+// beside each other both may add one: the loser of the compare-exchange frees its own), and disappear only while it
+// is held exclusive; so a pointer to an entry stays good for as long as the primary's lock is held in any way.
+//
+// An entry changes only under its lock bit. The lock is a leaf: who has one may take the frame pool's lock and no
+// other, never a second entry's, and never runs a callback. So holders are done after the time of a page copy at most,
+// and waiters spin, then yield.
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <new>
+#include <thread>
+
+#include <mmunotify/base/address.hpp>
+#include <mmunotify/base/range.hpp>
+
+MMUNOTIFY_BEGIN_NAMESPACE
+
+/// One entry's value without its lock: nothing (all zero), a frame, or a swap slot.
+struct page_entry {
+  std::uint64_t bits = 0;
+
+  static constexpr std::uint64_t present_bit = 1;
+  static constexpr std::uint64_t swapped_bit = 2;
+  static constexpr std::uint64_t young_bit = 4;
+  static constexpr std::uint64_t lock_bit = 8;
+
+  static constexpr page_entry mapping(pfn f, bool young) noexcept {
+    return {f.value << page_shift | present_bit | (young ? young_bit : 0)};
+  }
+  static constexpr page_entry swapped_to(pfn slot) noexcept { return {slot.value << page_shift | swapped_bit}; }
+
+  constexpr bool none() const noexcept { return (bits & (present_bit | swapped_bit)) == 0; }
+  constexpr bool present() const noexcept { return (bits & present_bit) != 0; }
+  constexpr bool swapped() const noexcept { return (bits & swapped_bit) != 0; }
+  constexpr bool young() const noexcept { return (bits & young_bit) != 0; }
+  /// The frame, or the swap slot.
+  constexpr pfn frame() const noexcept { return {bits >> page_shift}; }
+};
+
+/// Where an entry lives.
+using page_slot = std::atomic<std::uint64_t>;
+
+/// An entry, locked for as long as this object lives. Its value is read and changed here, and written back with the
+/// unlocking. Progress: blocking, for the holder's time.
+class locked_entry {
+ public:
+  explicit locked_entry(page_slot& slot) noexcept : slot_(slot) {
+    for (unsigned tries = 1;; tries += 1) {
+      std::uint64_t bits = slot.load(std::memory_order_relaxed);
+      // (pt1) acquire pairs with (pt2): the previous holder's changes to the entry and to the frame behind it.
+      if ((bits & page_entry::lock_bit) == 0 &&
+          slot.compare_exchange_weak(bits, bits | page_entry::lock_bit, std::memory_order_acquire,
+                                     std::memory_order_relaxed)) {
+        value.bits = bits;
+        return;
+      }
+      if (tries % 64 == 0) std::this_thread::yield();
+    }
+  }
+  locked_entry(const locked_entry&) = delete;
+  locked_entry& operator=(const locked_entry&) = delete;
+  ~locked_entry() {
+    // (pt2) release pairs with (pt1).
+    slot_.store(value.bits & ~page_entry::lock_bit, std::memory_order_release);
+  }
+
+  page_entry value;
+
+ private:
+  page_slot& slot_;
+};
+
+class page_table {
+ public:
+  /// Addresses from here on have no entry: 57 bits, as five levels have in hardware.
+  static constexpr std::uint64_t address_limit = std::uint64_t{1} << 57;
+
+  page_table() = default;
+  page_table(const page_table&) = delete;
+  page_table& operator=(const page_table&) = delete;
+  ~page_table() { prune({0, address_limit}, true); }
+
+  /// The entry's value now; stale on arrival unless the primary's lock is held exclusive.
+  /// Preconditions: a < address_limit; the primary's lock is held. Progress: wait-free.
+  page_entry peek(std::uintptr_t a) const noexcept {
+    const node* n = &root_;
+    for (unsigned level = top; level != 0; level -= 1) {
+      n = child(n->slots[index(a, level)]);
+      if (n == nullptr) return {};
+    }
+    return {n->slots[index(a, 0)].load(std::memory_order_relaxed) & ~page_entry::lock_bit};
+  }
+
+  /// The entry's place, made if need be. Returns: null when memory ran out.
+  /// Preconditions: a < address_limit; the primary's lock is held, shared or exclusive. Progress: lock-free.
+  page_slot* reach(std::uintptr_t a) noexcept {
+    node* n = &root_;
+    for (unsigned level = top; level != 0; level -= 1) {
+      page_slot& slot = n->slots[index(a, level)];
+      n = child(slot);
+      if (n == nullptr) n = add_child(slot);
+      if (n == nullptr) return nullptr;
+    }
+    return &n->slots[index(a, 0)];
+  }
+
+  /// Calls f(address of the page, its page_slot&) for the entries of r that are not empty, in order of address.
+  /// Preconditions: r is page-aligned and ends at address_limit or before; the primary's lock is held.
+  template <class Function>
+  void for_each(const range& r, Function f) noexcept {
+    walk(root_, top, 0, r, f);
+  }
+
+  /// Frees the nodes below which r has only empty entries.
+  /// Preconditions: as for_each; the primary's lock is held exclusive.
+  void prune(const range& r) noexcept { prune(r, false); }
+
+  /// How many nodes there are besides the root.
+  std::size_t nodes() const noexcept { return nodes_.load(std::memory_order_relaxed); }
+
+ private:
+  static constexpr unsigned index_bits = 9;
+  static constexpr std::size_t fan_out = std::size_t{1} << index_bits;
+  static constexpr unsigned top = 4;
+
+  struct node {
+    page_slot slots[fan_out] = {};  ///< at level 0 page entries, above them pointers to nodes or null
+  };
+
+  static constexpr std::uint64_t bytes_per_slot(unsigned level) noexcept { return page_size << (index_bits * level); }
+  static constexpr std::size_t index(std::uint64_t a, unsigned level) noexcept {
+    return static_cast<std::size_t>(a / bytes_per_slot(level)) % fan_out;
+  }
+  static node* child(const page_slot& slot) noexcept {
+    // (pt3) acquire pairs with (pt4): the node's entries are initialised.
+    return reinterpret_cast<node*>(static_cast<std::uintptr_t>(slot.load(std::memory_order_acquire)));
+  }
+
+  node* add_child(page_slot& slot) noexcept {
+    node* made = new (std::nothrow) node;
+    if (made == nullptr) return nullptr;
+    std::uint64_t found = 0;
+    // (pt4) release pairs with (pt3); acquire pairs with (pt4) of the thread that was faster.
+    if (slot.compare_exchange_strong(found, reinterpret_cast<std::uintptr_t>(made), std::memory_order_acq_rel,
+                                     std::memory_order_acquire)) {
+      nodes_.fetch_add(1, std::memory_order_relaxed);
+      return made;
+    }
+    delete made;
+    return reinterpret_cast<node*>(static_cast<std::uintptr_t>(found));
+  }
+
+  /// The addresses that a slot of the node that begins at `base` stands for.
+  static constexpr range slot_range(std::uint64_t base, unsigned level, std::size_t i) noexcept {
+    return {base + i * bytes_per_slot(level), base + (i + 1) * bytes_per_slot(level)};
+  }
+
+  /// Calls visit(slot, its range) for those slots of a node that r touches and that are not empty.
+  template <class Visit>
+  static void each_slot(node& n, unsigned level, std::uint64_t base, const range& r, Visit visit) noexcept {
+    const range part = r.clipped_to({base, base + fan_out * bytes_per_slot(level)});
+    if (part.empty()) return;
+    const std::size_t last = index(part.last - 1, level);
+    for (std::size_t i = index(part.first, level); i <= last; i += 1) {
+      if (n.slots[i].load(std::memory_order_relaxed) != 0) visit(n.slots[i], slot_range(base, level, i));
+    }
+  }
+
+  template <class Function>
+  static void walk(node& n, unsigned level, std::uint64_t base, const range& r, Function& f) noexcept {
+    each_slot(n, level, base, r, [&](page_slot& slot, const range& covered) {
+      if (level == 0) {
+        f(covered.first, slot);
+      } else {
+        walk(*child(slot), level - 1, covered.first, r, f);
+      }
+    });
+  }
+
+  void prune(const range& r, bool everything) noexcept { prune_below(root_, top, 0, r, everything); }
+
+  void prune_below(node& n, unsigned level, std::uint64_t base, const range& r, bool everything) noexcept {
+    if (level == 0) return;
+    each_slot(n, level, base, r, [&](page_slot& slot, const range& covered) {
+      node* below = child(slot);
+      prune_below(*below, level - 1, covered.first, r, everything);
+      if (!everything && !empty(*below)) return;
+      slot.store(0, std::memory_order_relaxed);  // nobody else is in the tree
+      nodes_.fetch_sub(1, std::memory_order_relaxed);
+      delete below;
+    });
+  }
+
+  static bool empty(const node& n) noexcept {
+    for (const page_slot& slot : n.slots) {
+      if (slot.load(std::memory_order_relaxed) != 0) return false;
+    }
+    return true;
+  }
+
+  node root_;
+  std::atomic<std::size_t> nodes_{0};
+};
+
+MMUNOTIFY_END_NAMESPACE

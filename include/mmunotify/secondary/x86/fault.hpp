@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+// The fault path: from a guest access to a shadow leaf, and a guest's write to its own page tables.
+//
+// In this order, because each step protects the next:
+//    1 stock up                 everything that the lock-free part cannot allocate later
+//    2 walk the guest's tables  permissions, reserved bits, accessed and dirty; each table stays pinned
+//    3 snapshot, slot, pin      may sleep in the primary; then the lock-free hint whether it was in vain
+//    4 MMU lock
+//    5 check again (K1)         no bracket over the page is open or has run since the snapshot, the slot is the same;
+//                               the same for each table, and each entry still has the value that the walk saw: read
+//                               again after its table was write-protected, level by level while linking
+//    6 install, reverse-map, unlock, unpin: from here the notifier alone protects the mapping
+// A collision undoes nothing, since nothing was done but linking tables that are right for themselves: the outcome is
+// `again`. Steps 2 and 3 may block on the primary and take its locks; 4 to 6 call nobody (K5).
+//
+// Rights of the leaf: those of the guest's walk; not writable while the guest's dirty bit is clear (so that the first
+// write comes here), if the host lent the frame read-only, or if the frame is a shadowed table. Where CR0.WP=0 lets the
+// supervisor write what the guest's W forbids, the leaf is writable and not for users, and not executable under SMEP;
+// the next user access brings it back. Large guest leaves are split into 4 KiB shadow leaves on direct pages.
+
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <span>
+#include <thread>
+
+#include <mmunotify/base/address.hpp>
+#include <mmunotify/base/frame.hpp>
+#include <mmunotify/base/result.hpp>
+#include <mmunotify/config.hpp>
+#include <mmunotify/secondary/x86/backing.hpp>
+#include <mmunotify/secondary/x86/guest_walker.hpp>
+#include <mmunotify/secondary/x86/outcome.hpp>
+#include <mmunotify/secondary/x86/shadow_tables.hpp>
+#include <mmunotify/secondary/x86/tlb.hpp>
+
+MMUNOTIFY_BEGIN_NAMESPACE
+namespace x86 {
+
+/// Modes that can be shadowed: 512 entries of 8 bytes in every table, as the shadow tables have.
+template <class M>
+concept shadowed_mode = paging_mode<M> && std::same_as<typename M::entry_type, std::uint64_t> &&
+                        (M::levels == 4 || M::levels == 5);
+
+/// What the fault path knows of a vCPU. Context: its owner thread, but for the port.
+struct vcpu_state {
+  walk_context context{};
+  vcpu_port port{};
+  fault_stock stock{};
+};
+
+template <frame_provider Provider, shadowed_mode Mode>
+class fault_path {
+ public:
+  fault_path(backing<Provider> b, shadow_tables& tables, mmu_counters& counters) noexcept
+      : backing_(b), tables_(tables), counters_(counters) {}
+
+  /// Effects: one attempt to make the access possible. Returns: done (a leaf that allows it was installed), or why not.
+  /// Context: the vCPU's thread, outside guest mode, without the MMU lock; may sleep; not in a callback.
+  outcome fault(vcpu_state& v, gva a, access how) noexcept {
+    counters_.add(mmu_counters::faults);
+    if (tables_.released()) return {.what = outcome::released};
+    if (restock(v.stock) != errc::ok) return {.what = outcome::no_memory};
+    walked_tables<Provider> tables(backing_);
+    const walk_result walk = guest_walker<Mode>(v.context).walk(tables, a, how);
+    switch (walk.status) {
+      case walk_status::ok: return counted(resolve(v, a, how, walk, tables));
+      case walk_status::page_fault: return {.what = outcome::page_fault, .code = walk.code};
+      case walk_status::general_protection: return {.what = outcome::general_protection};
+      case walk_status::memory_error: break;
+    }
+    return counted(outcome_of(tables.error(), walk.entry(walk.end_level).where));
+  }
+
+  /// Effects: writes guest memory for the guest, each aligned 8-byte word in one piece; where it hits a shadowed table,
+  /// exactly the shadows of the entries that it touches are gone, on every vCPU, when it returns. (K5)
+  /// Errors: bad_range (wraps), not_mapped (no slot, or the host has nothing), access_denied (read-only), released,
+  /// no_memory; pages before the one that failed are written. Context: as fault.
+  errc guest_write(gpa where, std::span<const std::byte> bytes) noexcept {
+    if (bytes.size() > UINT64_MAX - where.value) return errc::bad_range;
+    while (!bytes.empty()) {
+      const auto room = static_cast<std::size_t>(page_size - where.offset());
+      const auto piece = bytes.first(bytes.size() < room ? bytes.size() : room);
+      const errc e = write_in_page(where, piece);
+      if (e == errc::again) {
+        counters_.add(mmu_counters::retries);
+        std::this_thread::yield();
+        continue;
+      }
+      if (e != errc::ok) return e;
+      bytes = bytes.subspan(piece.size());
+      where = where + piece.size();
+    }
+    return errc::ok;
+  }
+
+ private:
+  outcome counted(outcome o) noexcept {
+    if (o.what == outcome::again) counters_.add(mmu_counters::retries);
+    return o;
+  }
+
+  errc restock(fault_stock& s) noexcept {
+    if (s.full()) return errc::ok;
+    fault_stock surplus;
+    {
+      const std::lock_guard locked{tables_.lock()};
+      tables_.restock(s, surplus);
+    }
+    return s.fill();
+  }
+
+  /// The access is allowed: steps 3 to 6.
+  outcome resolve(vcpu_state& v, gva a, access how, const walk_result& walk, walked_tables<Provider>& tables) noexcept {
+    pinned_frame<Provider> page;
+    if (const errc e = page.pin(backing_, frame_of(walk.address), is_write(how)); e != errc::ok) {
+      return outcome_of(e, walk.address);
+    }
+    if (page.lease().frame.value >= shadow_entry::frame_limit) return outcome_of(errc::not_mapped, walk.address);
+    const std::lock_guard locked{tables_.lock()};
+    if (tables_.released()) return {.what = outcome::released};
+    const outcome o = install_locked(v, a, how, walk, tables, page);
+    tables_.commit();
+    return o;
+  }
+
+  outcome install_locked(vcpu_state& v, gva a, access how, const walk_result& walk, walked_tables<Provider>& tables,
+                         const pinned_frame<Provider>& page) noexcept {
+    if (!page.stands_locked(backing_)) return {.what = outcome::again};
+    tables_.make_room();
+    shadow_page* const last = descend_locked(v, a, how, walk, tables);
+    if (last == nullptr) return {.what = outcome::again};
+    const bool tracked = tables_.tracked(page.frame());
+    if (tracked && is_write(how)) return {.what = outcome::write_tracked, .address = walk.address};
+    const shadow_entry leaf = leaf_for(v.context, how, walk, page, tracked);
+    tables_.map(*last, static_cast<unsigned>(Mode::index(a, 1)), page.frame(), leaf, v.stock);
+    return {};
+  }
+
+  /// Links shadow pages down to level 1. Returns: that page, or nullptr if the guest or the host has changed a table.
+  shadow_page* descend_locked(vcpu_state& v, gva a, access how, const walk_result& walk,
+                              walked_tables<Provider>& tables) noexcept {
+    shadow_page* p = v.port.root();
+    if (p == nullptr) p = &tables_.get(frame_of(Mode::root(v.context.cr3)), root_role(v.context), v.stock);
+    p->unheard_writes = 0;
+    for (unsigned level = Mode::levels; level > 0; --level) {
+      const bool direct = level <= walk.end_level;  // what is below this level is part of the guest's leaf
+      // The table of this level is write-protected by now: what its entry says holds until the lock is released.
+      if (level >= walk.end_level && !tables.unchanged_locked(walk.entry(level))) return nullptr;
+      if (level == Mode::levels) v.port.set_root(p);
+      if (level == 1) break;
+      const gfn below = direct ? first_frame(walk.address, level - 1)
+                               : frame_of(Mode::table(static_cast<std::uint64_t>(walk.entry(level).value)));
+      const rights granted =
+          direct ? direct_rights(walk, how) : guest_walker<Mode>::rights_above(walk, level - 1);
+      shadow_page& child = tables_.get(below, p->role.child(granted, direct), v.stock);
+      tables_.link(*p, static_cast<unsigned>(Mode::index(a, level)), child, v.stock);
+      p = &child;
+    }
+    return p;
+  }
+
+  /// The first frame that a shadow table of this level maps, around the address.
+  static constexpr gfn first_frame(gpa a, unsigned level) noexcept {
+    const std::uint64_t covered = bit(Mode::page_shift(level)) * entries_per_table;
+    return frame_of(gpa{a.value & ~(covered - 1)});
+  }
+
+  static constexpr page_role root_role(const walk_context& c) noexcept {
+    page_role r;
+    r.level = Mode::levels;
+    r.wp = c.wp;
+    r.nxe = c.nxe;
+    r.smep = c.smep;
+    r.smap = c.smap;
+    return r;
+  }
+
+  /// A large leaf's rights until its dirty bit is set; the write that sets it gets pages of another role.
+  static constexpr rights direct_rights(const walk_result& walk, access how) noexcept {
+    const bool dirty = walk.dirty() || is_write(how);  // a walk for writing has set it, or the table is ROM
+    return changed(walk.granted, 0, dirty ? 0 : rights::write_bit);
+  }
+
+  static shadow_entry leaf_for(const walk_context& c, access how, const walk_result& walk,
+                               const pinned_frame<Provider>& page, bool tracked) noexcept {
+    const bool guest_user = walk.granted.user();
+    rights r = direct_rights(walk, how);
+    if (is_write(how) && !r.writable()) {  // CR0.WP=0, by the supervisor
+      const std::uint8_t no_fetch = c.smep && guest_user ? rights::execute_bit : 0;
+      r = changed(r, rights::write_bit, static_cast<std::uint8_t>(rights::user_bit | no_fetch));
+    }
+    if (tracked || page.at().read_only || !page.lease().writable) r = changed(r, 0, rights::write_bit);
+    const std::uint64_t used = shadow_entry::accessed_bit | (is_write(how) ? shadow_entry::dirty_bit : 0);
+    return shadow_entry::leaf(page.lease().frame, r, guest_user).with(used);
+  }
+
+  errc write_in_page(gpa where, std::span<const std::byte> bytes) noexcept {
+    if (tables_.released()) return errc::released;
+    pinned_frame<Provider> page;
+    if (const errc e = page.pin(backing_, frame_of(where), true); e != errc::ok) return e;
+    const std::lock_guard locked{tables_.lock()};
+    if (tables_.released()) return errc::released;
+    if (!page.stands_locked(backing_)) return errc::again;
+    const auto offset = static_cast<std::size_t>(where.offset());
+    store_in_words(page.data(), offset, bytes);
+    const auto first = static_cast<unsigned>(offset / sizeof(std::uint64_t));
+    const auto last = static_cast<unsigned>((offset + bytes.size() - 1) / sizeof(std::uint64_t));
+    static_cast<void>(tables_.zap_written(page.frame(), first, last));
+    tables_.commit();
+    return errc::ok;
+  }
+
+  backing<Provider> backing_;
+  shadow_tables& tables_;
+  mmu_counters& counters_;
+};
+
+}  // namespace x86
+MMUNOTIFY_END_NAMESPACE

@@ -1,0 +1,333 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+// The guest page walker: what the processor does between a linear address and a guest physical one, in software.
+//
+// Problem. A shadow MMU must answer, for one access, exactly what the hardware would: the same translation, the same
+// fault with the same error code, the same accessed and dirty bits in guest memory. It then needs more than hardware
+// gives: each entry it went through and its value, to find out under its lock whether the guest has changed one
+// since, and the rights that the levels above a table grant, because they are part of what a shadow of it means.
+//
+// Contract. guest_walker<Mode> is a value made from a walk_context; `walk` answers one access.
+//   - The address is checked for canonical form first: general_protection, never a page fault.
+//   - Top down: an entry that is not present ends the walk with P=0, whatever else it holds; one with a reserved bit
+//     set ends it with RSVD|P, before any right is looked at. Rights are judged at the leaf, over all levels together.
+//   - Accessed and dirty bits change only for an access that is allowed, after all checks, top down, each by compare
+//     exchange. If the guest has changed an entry in between, nothing more is written and the whole walk starts again.
+//     So after a fault guest memory is untouched (the SDM leaves the upper levels' A bits to the implementation).
+//   - `translate` is the same judgement and writes nothing.
+//   - Guest memory that cannot be read or written is the fourth outcome, memory_error; what it means to the guest is
+//     the caller's business.
+//
+// Limits. Whether CR3 and the control registers hold allowed values is decided where they are written, not here.
+// No caching: each walk reads every level.
+//
+// Cost. No allocation, no virtual call, no lock; one read of guest memory per level.
+// Progress: lock-free; a walk starts again only because somebody else's write to an entry succeeded.
+//
+// References: Intel SDM vol. 3A, 4.5 (walk), 4.6 (access rights, 4.6.2 protection keys), 4.7 (page faults), 4.8
+// (accessed and dirty); AMD APM vol. 2, chapter 5; Linux arch/x86/kvm/mmu/paging_tmpl.h solves the same problem.
+
+#include <array>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+
+#include <mmunotify/base/address.hpp>
+#include <mmunotify/config.hpp>
+#include <mmunotify/secondary/x86/entry.hpp>
+
+MMUNOTIFY_BEGIN_NAMESPACE
+namespace x86 {
+
+/// The state of a virtual processor that a walk depends on.
+struct walk_context {
+  std::uint64_t cr3 = 0;
+  bool wp = true;            ///< CR0.WP
+  bool pse = true;           ///< CR4.PSE; means something in two-level paging only
+  bool smep = false;         ///< CR4.SMEP
+  bool smap = false;         ///< CR4.SMAP
+  bool pke = false;          ///< CR4.PKE
+  bool nxe = true;           ///< EFER.NXE
+  bool ac = false;           ///< EFLAGS.AC
+  unsigned cpl = 0;          ///< current privilege level; 3 is user mode
+  std::uint32_t pkru = 0;    ///< means something while pke
+  unsigned maxphyaddr = 40;  ///< physical-address width, 32 to 52
+  bool gib_pages = true;     ///< the processor has 1 GiB pages
+  bool amd = false;          ///< the processor is an AMD one, which reserves more bits
+
+  constexpr entry_format format() const noexcept { return {maxphyaddr, nxe, pse, gib_pages, amd}; }
+};
+
+/// What is attempted. Implicit accesses are those that the processor makes by itself to system structures (descriptor
+/// tables, task state, exception stacks): supervisor accesses at any privilege level (SDM 4.6).
+enum class access : std::uint8_t { read = 0, write = 1, fetch = 2, implicit_read = 4, implicit_write = 5 };
+
+constexpr bool is_write(access a) noexcept { return (static_cast<unsigned>(a) & 1U) != 0; }
+constexpr bool is_fetch(access a) noexcept { return (static_cast<unsigned>(a) & 2U) != 0; }
+constexpr bool is_implicit(access a) noexcept { return (static_cast<unsigned>(a) & 4U) != 0; }
+/// A user-mode access in the sense of SDM 4.6.
+constexpr bool is_user(access a, const walk_context& c) noexcept { return c.cpl == 3 && !is_implicit(a); }
+
+/// The rights with which this access is forbidden (SDM 4.6.1), protection keys aside.
+/// Computed for all eight combinations at once: bit n of the answer stands for rights{n}.
+constexpr rights_set forbidden_rights(const walk_context& c, access a) noexcept {
+  constexpr unsigned with_write = 0xaa, with_user = 0xcc, with_execute = 0xf0;
+  const bool user = is_user(a, c);
+  unsigned forbidden = user ? ~with_user : 0;
+  if (is_fetch(a)) {
+    forbidden |= ~with_execute;
+    if (!user && c.smep) forbidden |= with_user;
+  } else {
+    if (is_write(a) && (user || c.wp)) forbidden |= ~with_write;
+    if (!user && c.smap && (is_implicit(a) || !c.ac)) forbidden |= with_user;
+  }
+  return static_cast<rights_set>(forbidden);
+}
+
+/// PKRU forbids this data access to a user page with this key (SDM 4.6.2).
+/// Preconditions: key < 16; the mode is a long mode and the page is a user page, no other has a key.
+constexpr bool key_forbids(const walk_context& c, access a, unsigned key) noexcept {
+  if (!c.pke || is_fetch(a)) return false;
+  const std::uint32_t bits = c.pkru >> (2 * key);
+  const bool access_disabled = (bits & 1) != 0, write_disabled = (bits & 2) != 0;
+  return access_disabled || (write_disabled && is_write(a) && (is_user(a, c) || c.wp));
+}
+
+/// What compare_exchange_entry did.
+enum class exchange_result : std::uint8_t {
+  done,       ///< the entry held the expected value and holds the desired one now
+  changed,    ///< the entry holds another value; nothing was written
+  read_only,  ///< the memory takes no writes (ROM): the walk goes on as if the bits had been set
+  failed,     ///< the memory cannot be reached
+};
+
+/// Guest memory that can be looked at.
+///   read_entry(where, value)  reads the entry, which is naturally aligned, in one piece; false: it cannot be reached
+template <class M, class Entry>
+concept readable_guest_memory = requires(M& m, gpa where, Entry& value) {
+  { m.read_entry(where, value) } noexcept -> std::same_as<bool>;
+};
+
+/// Guest memory in which the walker sets accessed and dirty bits.
+///   compare_exchange_entry(where, expected, desired)  one locked compare exchange; see exchange_result
+template <class M, class Entry>
+concept guest_memory = readable_guest_memory<M, Entry> && requires(M& m, gpa where, Entry value) {
+  { m.compare_exchange_entry(where, value, value) } noexcept -> std::same_as<exchange_result>;
+};
+
+enum class walk_status : std::uint8_t {
+  ok,                  ///< the access is allowed; address, granted and the entries count
+  page_fault,          ///< #PF with `code`; CR2 is the address as it was passed in
+  general_protection,  ///< not canonical: #GP(0), or #SS(0) if the access was to the stack
+  memory_error,        ///< the entry of level end_level is not in memory that can be used
+};
+
+/// An entry that the walk went through.
+struct walked_entry {
+  gpa where{};
+  std::uint64_t value = 0;  ///< with the accessed and dirty bits that this walk has set
+};
+
+/// What a walk found. Trivially copyable.
+struct walk_result {
+  walk_status status = walk_status::ok;
+  std::uint8_t end_level = 0;   ///< where the walk ended: the leaf's level, or that of the offending entry
+  std::uint8_t page_shift = 0;  ///< log2 of the size of the page, 12, 21, 22 or 30; ok only
+  rights granted{};             ///< by all levels together; ok, and page faults by rights
+  bool unmarked = false;        ///< accessed or dirty bits are missing that this access would set: translate, or ROM
+  fault_code code{};            ///< page_fault only
+  gpa address{};                ///< the translation of the very address; ok only
+  /// The entries, [level-1]; zero below end_level and above the root. A walk writes every element exactly once, so they
+  /// have no initialisers: that would cost a third of a walk.
+  std::array<std::uint64_t, 5> entry_addresses;
+  std::array<std::uint64_t, 5> entry_values;
+
+  constexpr explicit operator bool() const noexcept { return status == walk_status::ok; }
+  /// Preconditions: end_level <= level <= the root's level.
+  constexpr walked_entry entry(unsigned level) const noexcept {
+    return {gpa{entry_addresses[level - 1]}, entry_values[level - 1]};
+  }
+
+  /// The members below are for results that are ok.
+  constexpr std::uint64_t leaf() const noexcept { return entry_values[end_level - 1U]; }
+  constexpr bool dirty() const noexcept { return (leaf() & pte::dirty) != 0; }
+  constexpr bool global() const noexcept { return (leaf() & pte::global) != 0; }  ///< needs CR4.PGE to count
+  constexpr unsigned protection_key() const noexcept {                            ///< long modes only
+    return static_cast<unsigned>((leaf() & pte::protection_key) >> pte::protection_key_shift);
+  }
+  constexpr std::uint64_t page_bytes() const noexcept { return std::uint64_t{1} << page_shift; }
+  constexpr gpa page_base() const noexcept { return {address.value & ~(page_bytes() - 1)}; }
+};
+
+/// Walks the page tables of one paging mode. A copy of the context and what follows from it; cheap to make and to copy.
+template <paging_mode Mode>
+class guest_walker {
+ public:
+  using mode = Mode;
+  using entry_type = typename Mode::entry_type;
+
+  /// Preconditions: the context's processor is in this paging mode; 32 <= maxphyaddr <= 52.
+  explicit constexpr guest_walker(const walk_context& context) noexcept : context_{context} {
+    // A present entry equals `present` under this mask, so that one comparison finds both kinds of bad entry.
+    for (unsigned level = 1; level <= Mode::levels; ++level) {
+      checked_[level - 1] = static_cast<entry_type>(Mode::reserved(level, context.format()) | pte::present);
+    }
+  }
+
+  constexpr const walk_context& context() const noexcept { return context_; }
+
+  /// One access. Effects: sets accessed bits, and for a write the leaf's dirty bit, if the access is allowed.
+  template <guest_memory<entry_type> Memory>
+  constexpr walk_result walk(Memory& memory, gva va, access how) const noexcept {
+    walk_result r;
+    do look_up(memory, va, how, r);
+    while (r.unmarked && !mark_used(memory, how, r));
+    return r;
+  }
+
+  /// One access as it would turn out, without touching guest memory.
+  template <readable_guest_memory<entry_type> Memory>
+  constexpr walk_result translate(Memory& memory, gva va, access how) const noexcept {
+    walk_result r;
+    look_up(memory, va, how, r);
+    return r;
+  }
+
+  /// The rights that the entries above `level` grant together: all of them for the root table.
+  /// Preconditions: r came from this mode, r.end_level <= level + 1 <= levels + 1.
+  static constexpr rights rights_above(const walk_result& r, unsigned level) noexcept {
+    std::uint64_t granted = ~std::uint64_t{0};
+    for (unsigned l = Mode::levels; l > level; --l) {
+      granted &= Mode::grants(static_cast<entry_type>(r.entry_values[l - 1]), l);
+    }
+    return rights_in(granted);
+  }
+
+  /// The entry of this level still holds what the walk left in it. An entry that cannot be read does not.
+  template <readable_guest_memory<entry_type> Memory>
+  static constexpr bool unchanged(Memory& memory, const walk_result& r, unsigned level) noexcept {
+    entry_type now{};
+    return memory.read_entry(r.entry(level).where, now) && now == r.entry(level).value;
+  }
+
+ private:
+  /// Everything but the writes to guest memory. Writes every member of r that `end` and `arrive` name.
+  template <class Memory>
+  constexpr void look_up(Memory& memory, gva va, access how, walk_result& r) const noexcept {
+    if (!Mode::canonical(va)) [[unlikely]]
+      return end(walk_status::general_protection, Mode::levels + 1, {}, r);
+    descend<Mode::levels>(memory, va, how, Mode::root(context_.cr3), ~std::uint64_t{0}, r);
+  }
+
+  /// Goes on at the table of this level. `granted` is what the levels above have in common.
+  template <unsigned Level, class Memory>
+  [[gnu::always_inline]] constexpr void descend(Memory& memory, gva va, access how, gpa table, std::uint64_t granted,
+                                                walk_result& r) const noexcept {
+    const gpa where = table + Mode::index(va, Level) * sizeof(entry_type);
+    entry_type e{};
+    const bool readable = memory.read_entry(where, e);
+    r.entry_addresses[Level - 1] = where.value;
+    r.entry_values[Level - 1] = e;
+    if (!readable) [[unlikely]]
+      return end(walk_status::memory_error, Level, {}, r);
+    if ((e & checked_[Level - 1]) != pte::present) [[unlikely]]
+      return bad_entry(Level, how, r);
+    granted &= Mode::grants(e, Level);
+    if constexpr (Level == 1) {
+      arrive<Level>(va, how, e, granted, r);
+    } else {
+      if (!Mode::maps_page(e, Level, context_.format())) [[likely]] {
+        return descend<Level - 1>(memory, va, how, Mode::table(e), granted, r);
+      }
+      if ((e & Mode::reserved_large(Level, context_.format())) != 0) [[unlikely]]
+        return bad_entry(Level, how, r);
+      arrive<Level>(va, how, e, granted, r);
+    }
+  }
+
+  /// The leaf is found: judges the rights.
+  template <unsigned Level>
+  [[gnu::always_inline]] constexpr void arrive(gva va, access how, entry_type leaf, std::uint64_t granted,
+                                               walk_result& r) const noexcept {
+    constexpr unsigned shift = Mode::page_shift(Level);
+    r.granted = rights_in(granted);
+    if (contains(forbidden_rights(context_, how), r.granted)) [[unlikely]]
+      return forbidden(Level, how, leaf, r);
+    if (context_.pke && r.granted.user() && key_forbids(context_, how, key_of(leaf))) [[unlikely]] {
+      return forbidden(Level, how, leaf, r);
+    }
+    r.status = walk_status::ok;
+    r.end_level = Level;
+    r.page_shift = shift;
+    r.unmarked = (granted & pte::accessed) == 0 || (is_write(how) && (leaf & pte::dirty) == 0);
+    r.code = {};
+    r.address = Mode::frame(leaf, Level) + (va.value & (bit(shift) - 1));
+    clear_unused(Level, r);
+  }
+
+  /// Zeroes the entries that the walk did not go through.
+  [[gnu::always_inline]] static constexpr void clear_unused(unsigned end_level, walk_result& r) noexcept {
+    for (unsigned i = 0; i < r.entry_values.size(); ++i) {
+      if (i + 1 < end_level || i >= Mode::levels) r.entry_addresses[i] = r.entry_values[i] = 0;
+    }
+  }
+
+  static constexpr unsigned key_of(std::uint64_t leaf) noexcept {
+    return static_cast<unsigned>((leaf & pte::protection_key) >> pte::protection_key_shift);
+  }
+
+  MMUNOTIFY_COLD static constexpr void end(walk_status why, unsigned level, fault_code code, walk_result& r) noexcept {
+    r.status = why;
+    r.end_level = static_cast<std::uint8_t>(level);
+    r.unmarked = false;
+    r.code = code;
+    clear_unused(level, r);
+  }
+
+  MMUNOTIFY_COLD constexpr void bad_entry(unsigned level, access how, walk_result& r) const noexcept {
+    const bool present = (r.entry_values[level - 1] & pte::present) != 0;
+    const std::uint32_t why = present ? fault_code::reserved | fault_code::present : 0;
+    end(walk_status::page_fault, level, {why | access_bits(how)}, r);
+  }
+
+  MMUNOTIFY_COLD constexpr void forbidden(unsigned level, access how, entry_type leaf, walk_result& r) const noexcept {
+    std::uint32_t why = fault_code::present;
+    if (r.granted.user() && key_forbids(context_, how, key_of(leaf))) why |= fault_code::protection_key;
+    end(walk_status::page_fault, level, {why | access_bits(how)}, r);
+  }
+
+  /// The part of the error code that depends on the access alone.
+  constexpr std::uint32_t access_bits(access how) const noexcept {
+    const bool fetch = is_fetch(how) && Mode::fetch_reported(context_.format(), context_.smep);
+    return (is_write(how) ? fault_code::write : 0) | (is_user(how, context_) ? fault_code::user : 0) |
+           (fetch ? fault_code::fetch : 0);
+  }
+
+  /// Sets what is missing, top down (SDM 4.8). Returns: false if the guest has changed an entry.
+  template <class Memory>
+  constexpr bool mark_used(Memory& memory, access how, walk_result& r) const noexcept {
+    r.unmarked = false;
+    for (unsigned level = Mode::levels; level >= r.end_level; --level) {
+      std::uint64_t& value = r.entry_values[level - 1];
+      std::uint64_t wanted = value;
+      if (Mode::has_accessed(level)) wanted |= pte::accessed;
+      if (level == r.end_level && is_write(how)) wanted |= pte::dirty;
+      if (wanted == value) continue;
+      switch (memory.compare_exchange_entry(r.entry(level).where, static_cast<entry_type>(value),
+                                            static_cast<entry_type>(wanted))) {
+        case exchange_result::done: value = wanted; break;
+        case exchange_result::changed: return false;
+        case exchange_result::read_only: r.unmarked = true; break;
+        case exchange_result::failed: end(walk_status::memory_error, level, {}, r); return true;
+      }
+    }
+    return true;
+  }
+
+  walk_context context_;
+  std::array<entry_type, Mode::levels> checked_{};  ///< [level-1]
+};
+
+}  // namespace x86
+MMUNOTIFY_END_NAMESPACE

@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+// The guest's physical memory: which guest frames are backed by which host virtual addresses.
+//
+// A slot maps a run of guest frames to a run of host pages. Slots never overlap in the guest; in the host they may (the
+// same pages can appear at two places). Faults look slots up all the time, updates are rare: readers use an immutable
+// snapshot inside a read section of the VM's domain, or under the MMU lock; an update publishes a new snapshot under
+// the MMU lock and frees the old one after a grace period.
+//
+// K2 (start and end see the same slots) needs nothing here: the invalidation window of this MMU is keyed by *host
+// virtual* address, so `end` closes what `start` opened without looking at a slot. A slot that appears between the two
+// is covered as well: a fault checks the host page of its own slot against the open ranges.
+//
+// Removing or moving a slot zaps its mappings and publishes the new snapshot under one hold of the MMU lock, so no fault
+// can install through a slot that is going: faults look their slots up again under that lock.
+//
+// Lock order: the writers' mutex, then the MMU lock. Never in a callback, never inside a read section of the domain.
+// Cost: lookup by frame is a binary search, by host range a scan of the slots; an update copies the list of slots.
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <span>
+
+#include <mmunotify/base/address.hpp>
+#include <mmunotify/base/range.hpp>
+#include <mmunotify/base/result.hpp>
+#include <mmunotify/config.hpp>
+#include <mmunotify/secondary/x86/rmap.hpp>
+#include <mmunotify/sync/srcu_domain.hpp>
+
+MMUNOTIFY_BEGIN_NAMESPACE
+namespace x86 {
+
+/// What a user says about a slot.
+struct memslot_config {
+  unsigned id = 0;           ///< the user's name for it
+  gfn base{};                ///< the first guest frame
+  std::uint64_t pages = 0;   ///< 4 KiB pages
+  hva host{};                ///< the first host byte, aligned to pages
+  bool read_only = false;    ///< guest writes are not mapped; they are reported to the caller
+
+  friend constexpr bool operator==(const memslot_config&, const memslot_config&) = default;
+
+  constexpr gfn end() const noexcept { return base + pages; }
+  constexpr bool contains(gfn f) const noexcept { return f >= base && f < end(); }
+  /// Precondition: contains(f).
+  constexpr hva host_of(gfn f) const noexcept { return host + ((f - base) << page_shift); }
+  constexpr range host_range() const noexcept {
+    return {static_cast<std::uintptr_t>(host.value), static_cast<std::uintptr_t>(host.value + (pages << page_shift))};
+  }
+};
+
+/// A slot and the reverse mappings of its frames.
+class memslot {
+ public:
+  const memslot_config& config() const noexcept { return config_; }
+  /// The shadow leaves that map the frame. Precondition: config().contains(f). Context: MMU lock.
+  entry_list& mappings(gfn f) noexcept { return mappings_[f - config_.base]; }
+
+ private:
+  friend class memslots;
+  explicit memslot(const memslot_config& c) noexcept
+      : config_(c), mappings_(new (std::nothrow) entry_list[c.pages]) {}
+
+  memslot_config config_;
+  std::unique_ptr<entry_list[]> mappings_;
+};
+
+/// All slots at one moment, sorted by guest frame. Immutable, but for the reverse mappings.
+class memslot_snapshot {
+ public:
+  std::span<memslot* const> slots() const noexcept { return {slots_.get(), count_}; }
+  /// Counts updates; 0 is the empty beginning.
+  std::uint64_t generation() const noexcept { return generation_; }
+
+  /// Returns: the slot that holds the frame, or nullptr.
+  memslot* find(gfn f) const noexcept {
+    const auto all = slots();
+    const auto after = std::upper_bound(all.begin(), all.end(), f,
+                                        [](gfn x, const memslot* s) { return x < s->config().base; });
+    if (after == all.begin()) return nullptr;
+    memslot* const s = *std::prev(after);
+    return s->config().contains(f) ? s : nullptr;
+  }
+
+  /// Calls f(memslot&, first gfn, one past the last gfn) for each run of guest frames backed by a byte of the range.
+  template <class F>
+  void for_each_in(range r, F&& f) const {
+    for (memslot* const s : slots()) {
+      const memslot_config& c = s->config();
+      const range hit = r.clipped_to(c.host_range());
+      if (hit.empty()) continue;
+      const std::uint64_t first = (hit.first - c.host.value) >> page_shift;
+      const std::uint64_t last = (hit.last - 1 - c.host.value) >> page_shift;
+      f(*s, c.base + first, c.base + last + 1);
+    }
+  }
+
+ private:
+  friend class memslots;
+  std::unique_ptr<memslot*[]> slots_;
+  std::size_t count_ = 0;
+  std::uint64_t generation_ = 0;
+};
+
+/// Where a guest frame is in the host.
+struct host_page {
+  errc error = errc::not_mapped;  ///< ok: the other members count
+  hva address{};
+  bool read_only = false;
+
+  constexpr explicit operator bool() const noexcept { return error == errc::ok; }
+  friend constexpr bool operator==(const host_page&, const host_page&) = default;
+};
+
+class memslots {
+ public:
+  /// What a slot may hold at most: guest-physical addresses have 52 bits.
+  static constexpr std::uint64_t frame_limit = std::uint64_t{1} << 40;
+
+  explicit memslots(srcu_domain& domain) noexcept : domain_(domain), current_(&none_) {}
+  memslots(const memslots&) = delete;
+  memslots& operator=(const memslots&) = delete;
+  ~memslots() {
+    const memslot_snapshot* last = current_.load(std::memory_order_relaxed);
+    for (memslot* s : last->slots()) delete s;
+    if (last != &none_) delete last;
+  }
+
+  /// Returns: the slots now. Context: inside a read section of the domain, or under the MMU lock; valid as long.
+  const memslot_snapshot& current() const noexcept {
+    return *current_.load(std::memory_order_acquire);  // (ms1) pairs with (ms2)
+  }
+
+  /// Returns: where the frame is. May be stale on arrival. Context: anywhere but in a place that may not read-lock.
+  host_page lookup(gfn f) const noexcept {
+    const read_section reading{domain_};
+    return lookup_in(current(), f);
+  }
+  static host_page lookup_in(const memslot_snapshot& s, gfn f) noexcept {
+    const memslot* slot = s.find(f);
+    if (slot == nullptr) return {};
+    return {errc::ok, slot->config().host_of(f), slot->config().read_only};
+  }
+
+  /// Effects: adds a slot. Errors: bad_range (empty, wrapping, beyond frame_limit, host not aligned), overlap (guest
+  /// frames that another slot has), already_registered (the id), no_memory; nothing is changed then.
+  /// Context: may sleep; takes the MMU lock `lock`; neither in a callback nor inside a section of the domain.
+  template <class Mutex>
+  errc add(const memslot_config& c, Mutex& lock) noexcept {
+    const std::lock_guard writing{writers_};
+    const memslot_snapshot& old = *current_.load(std::memory_order_relaxed);
+    if (const errc e = check(old, c, nullptr); e != errc::ok) return e;
+    if (find_id(old, c.id) != nullptr) return errc::already_registered;
+    return replace(nullptr, &c, lock, [](memslot&) {});
+  }
+
+  /// Effects: removes the slot; zap(memslot&) is called under the MMU lock and must take down all that maps it.
+  /// Errors: not_registered (no such id), no_memory; nothing is changed then. Context: as add.
+  template <class Mutex, class Zap>
+  errc remove(unsigned id, Mutex& lock, Zap&& zap) noexcept {
+    const std::lock_guard writing{writers_};
+    memslot* const going = find_id(*current_.load(std::memory_order_relaxed), id);
+    return going == nullptr ? errc::not_registered : replace(going, nullptr, lock, zap);
+  }
+
+  /// Effects: the slot has another first guest frame from now on; zap as for remove.
+  /// Errors: those of add and remove; nothing is changed then. Context: as add.
+  template <class Mutex, class Zap>
+  errc move(unsigned id, gfn base, Mutex& lock, Zap&& zap) noexcept {
+    const std::lock_guard writing{writers_};
+    const memslot_snapshot& old = *current_.load(std::memory_order_relaxed);
+    memslot* const going = find_id(old, id);
+    if (going == nullptr) return errc::not_registered;
+    memslot_config c = going->config();
+    c.base = base;
+    if (const errc e = check(old, c, going); e != errc::ok) return e;
+    return replace(going, &c, lock, zap);
+  }
+
+ private:
+  static memslot* find_id(const memslot_snapshot& s, unsigned id) noexcept {
+    for (memslot* slot : s.slots()) {
+      if (slot->config().id == id) return slot;
+    }
+    return nullptr;
+  }
+
+  static errc check(const memslot_snapshot& s, const memslot_config& c, const memslot* except) noexcept {
+    if (c.pages == 0 || c.pages > frame_limit || c.base.value > frame_limit - c.pages) return errc::bad_range;
+    if (c.host.offset() != 0 || c.host.value > UINTPTR_MAX - (c.pages << page_shift)) return errc::bad_range;
+    for (const memslot* slot : s.slots()) {
+      if (slot != except && c.base < slot->config().end() && slot->config().base < c.end()) return errc::overlap;
+    }
+    return errc::ok;
+  }
+
+  /// A copy of `old` without `going`, with `coming`; empty pointer: no memory.
+  static std::unique_ptr<memslot_snapshot> successor(const memslot_snapshot& old, const memslot* going,
+                                                     memslot* coming) noexcept {
+    std::unique_ptr<memslot_snapshot> next(new (std::nothrow) memslot_snapshot);
+    if (next == nullptr) return next;
+    next->slots_.reset(new (std::nothrow) memslot*[old.count_ + 1]);
+    if (next->slots_ == nullptr) return nullptr;
+    for (memslot* s : old.slots()) {
+      if (s != going) next->slots_[next->count_++] = s;
+    }
+    if (coming != nullptr) next->slots_[next->count_++] = coming;
+    std::sort(next->slots_.get(), next->slots_.get() + next->count_,
+              [](const memslot* a, const memslot* b) { return a->config().base < b->config().base; });
+    next->generation_ = old.generation_ + 1;
+    return next;
+  }
+
+  template <class Mutex, class Zap>
+  errc replace(memslot* going, const memslot_config* config, Mutex& lock, Zap&& zap) noexcept {
+    const memslot_snapshot* const old = current_.load(std::memory_order_relaxed);
+    std::unique_ptr<memslot> coming(config != nullptr ? new (std::nothrow) memslot(*config) : nullptr);
+    if (config != nullptr && (coming == nullptr || coming->mappings_ == nullptr)) return errc::no_memory;
+    std::unique_ptr<memslot_snapshot> next = successor(*old, going, coming.get());
+    if (next == nullptr) return errc::no_memory;
+    {
+      const std::lock_guard locked{lock};
+      if (going != nullptr) zap(*going);
+      current_.store(next.release(), std::memory_order_release);  // (ms2) pairs with (ms1)
+    }
+    static_cast<void>(coming.release());
+    domain_.synchronize();  // readers of the old snapshot have left
+    delete going;
+    if (old != &none_) delete old;
+    return errc::ok;
+  }
+
+  srcu_domain& domain_;
+  std::mutex writers_;
+  memslot_snapshot none_;
+  std::atomic<const memslot_snapshot*> current_;
+};
+
+}  // namespace x86
+MMUNOTIFY_END_NAMESPACE

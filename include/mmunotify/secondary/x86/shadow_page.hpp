@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+// Shadow page tables: entries, roles, pages, and the index that finds a page by what it shadows.
+//
+// A shadow page holds what the hardware would walk in place of one guest page table (an indirect page), or of a part of
+// a large guest leaf (a direct page). One guest table can have several shadow pages: everything that changes the
+// meaning of its entries, besides their own bits, is in the page's *role*. What the guest's upper levels grant is in
+// the role too, so that upper shadow entries restrict nothing, and two upper guest entries with different rights may
+// share one lower guest table.
+//
+// Who may touch what: entries are atomic. A vCPU in guest mode loads them and adds accessed and dirty bits by
+// compare-exchange; all else is written under the MMU lock. A page that was unlinked keeps its memory until a grace
+// period of the guest-mode sections has passed.
+//
+// Orderings: (sp1) an entry is published with release and (sp2) loaded by walkers with acquire, so that the linked
+// page's entries, zero when it was linked, are seen.
+
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+#include <mmunotify/base/address.hpp>
+#include <mmunotify/config.hpp>
+#include <mmunotify/secondary/x86/entry.hpp>
+#include <mmunotify/secondary/x86/rmap.hpp>
+
+MMUNOTIFY_BEGIN_NAMESPACE
+namespace x86 {
+
+inline constexpr unsigned entries_per_table = 512;
+
+/// Whether a has every right of b.
+constexpr bool covers(rights a, rights b) noexcept { return (a & b) == b; }
+
+/// r with the bits `more` set and the bits `less` cleared.
+constexpr rights changed(rights r, std::uint8_t more, std::uint8_t less) noexcept {
+  return {static_cast<std::uint8_t>((r.bits | more) & ~less)};
+}
+
+/// A 64-bit shadow entry: x86 bits where the hardware would read them, and two that it would ignore.
+/// Leaf: frame number in bits 12..51. Link: the address of a shadow page in bits 10..62.
+class shadow_entry {
+ public:
+  static constexpr std::uint64_t present_bit = 1;
+  static constexpr std::uint64_t write_bit = 1 << 1;
+  static constexpr std::uint64_t user_bit = 1 << 2;
+  static constexpr std::uint64_t accessed_bit = 1 << 5;
+  static constexpr std::uint64_t dirty_bit = 1 << 6;
+  static constexpr std::uint64_t leaf_bit = 1 << 7;        ///< else a link
+  static constexpr std::uint64_t guest_user_bit = 1 << 8;  ///< U in the guest, also where CR0.WP=0 made us drop ours
+  static constexpr std::uint64_t no_execute_bit = std::uint64_t{1} << 63;
+  /// Frame numbers that fit.
+  static constexpr std::uint64_t frame_limit = std::uint64_t{1} << 40;
+
+  constexpr shadow_entry() = default;
+  constexpr explicit shadow_entry(std::uint64_t bits) noexcept : bits_(bits) {}
+
+  /// Precondition: frame.value < frame_limit.
+  static constexpr shadow_entry leaf(pfn frame, rights r, bool guest_user) noexcept {
+    return shadow_entry((frame.value << page_shift) | present_bit | leaf_bit | (r.writable() ? write_bit : 0) |
+                        (r.user() ? user_bit : 0) | (r.executable() ? 0 : no_execute_bit) |
+                        (guest_user ? guest_user_bit : 0));
+  }
+  static shadow_entry link(shadow_page& child) noexcept {
+    return shadow_entry(reinterpret_cast<std::uintptr_t>(&child) | present_bit);
+  }
+
+  constexpr std::uint64_t bits() const noexcept { return bits_; }
+  constexpr bool present() const noexcept { return (bits_ & present_bit) != 0; }
+  constexpr bool is_leaf() const noexcept { return (bits_ & leaf_bit) != 0; }
+  constexpr bool accessed() const noexcept { return (bits_ & accessed_bit) != 0; }
+  constexpr bool dirty() const noexcept { return (bits_ & dirty_bit) != 0; }
+  constexpr bool guest_user() const noexcept { return (bits_ & guest_user_bit) != 0; }
+  constexpr rights allows() const noexcept {
+    return rights_in(long_mode_4::grants(bits_, 1));
+  }
+  /// Precondition: a leaf.
+  constexpr pfn frame() const noexcept { return {(bits_ & ~no_execute_bit) >> page_shift}; }
+  /// Precondition: a link.
+  shadow_page* child() const noexcept {
+    return reinterpret_cast<shadow_page*>(bits_ & ~std::uint64_t{shadow_page_alignment - 1});
+  }
+  constexpr shadow_entry with(std::uint64_t more) const noexcept { return shadow_entry(bits_ | more); }
+  constexpr shadow_entry without(std::uint64_t less) const noexcept { return shadow_entry(bits_ & ~less); }
+
+  friend constexpr bool operator==(const shadow_entry&, const shadow_entry&) = default;
+
+ private:
+  std::uint64_t bits_ = 0;
+};
+
+/// Everything that changes the meaning of a shadow page, besides the guest entries themselves.
+struct page_role {
+  std::uint8_t level = 1;     ///< 1: its entries are 4 KiB leaves
+  std::uint8_t quadrant = 0;  ///< which part of a table with 4-byte entries; 0, those are not shadowed yet
+  bool direct = false;        ///< part of a large guest leaf: no guest table stands behind it
+  rights access{};            ///< what the levels above grant; for a direct page, the leaf's own rights
+  bool wp = false;            ///< CR0.WP
+  bool nxe = false;           ///< EFER.NXE
+  bool smep = false;          ///< CR4.SMEP
+  bool smap = false;          ///< CR4.SMAP
+
+  friend constexpr bool operator==(const page_role&, const page_role&) = default;
+
+  /// The role of a table below this one.
+  constexpr page_role child(rights granted, bool is_direct) const noexcept {
+    page_role r = *this;
+    --r.level;
+    r.access = granted;
+    r.direct = is_direct;
+    return r;
+  }
+};
+
+/// One page of shadow entries. Everything but `entries` is guarded by the MMU lock.
+struct alignas(shadow_page_alignment) shadow_page {
+  /// MUST be all zero before the page is linked, and again before it is unlinked for good.
+  std::array<std::atomic<std::uint64_t>, entries_per_table> entries{};
+  /// The guest frame that a present leaf maps. MUST agree with the slot's reverse mapping.
+  std::array<std::uint64_t, entries_per_table> leaf_frames{};
+
+  gfn frame{};                  ///< the guest table; of a direct page, the first frame that it maps
+  page_role role{};
+  entry_list parents;           ///< MUST hold exactly the present entries that link this page
+  unsigned present = 0;         ///< MUST be the number of present entries
+  unsigned unheard_writes = 0;  ///< guest writes since a fault last used the page; many: it is no page table any more
+  shadow_page* next_in_bucket = nullptr;
+  shadow_page* older = nullptr;
+  shadow_page* newer = nullptr;
+  shadow_page* next_spare = nullptr;
+
+  shadow_entry load(unsigned i) const noexcept {
+    return shadow_entry(entries[i].load(std::memory_order_acquire));  // (sp2) pairs with (sp1)
+  }
+  /// Returns: the entry as it was. Context: MMU lock.
+  shadow_entry exchange(unsigned i, shadow_entry e) noexcept {
+    return shadow_entry(entries[i].exchange(e.bits(), std::memory_order_acq_rel));  // (sp1) pairs with (sp2)
+  }
+  /// Returns: true if the entry was still `seen` and is now `wanted`. Progress: wait-free. Context: guest mode too.
+  bool update(unsigned i, shadow_entry seen, shadow_entry wanted) noexcept {
+    std::uint64_t expected = seen.bits();
+    return entries[i].compare_exchange_strong(expected, wanted.bits(), std::memory_order_relaxed);
+  }
+};
+
+static_assert(alignof(shadow_page) == shadow_page_alignment && entries_per_table * 2 <= shadow_page_alignment,
+              "an entry place must fit into one word");
+
+/// All shadow pages: by (frame, role), and by age. Under the MMU lock.
+/// Limits: a fixed number of buckets, so that making it cannot fail; pages of one frame share a bucket.
+class page_index {
+ public:
+  page_index() = default;
+  page_index(const page_index&) = delete;
+  page_index& operator=(const page_index&) = delete;
+
+  std::size_t size() const noexcept { return size_; }
+  shadow_page* oldest() const noexcept { return oldest_; }
+
+  shadow_page* find(gfn frame, const page_role& role) const noexcept {
+    for (shadow_page* p = buckets_[bucket(frame)]; p != nullptr; p = p->next_in_bucket) {
+      if (p->frame == frame && p->role == role) return p;
+    }
+    return nullptr;
+  }
+
+  /// Returns: whether the frame is a guest table that has a shadow page, so that it must stay write-protected.
+  bool tracked(gfn frame) const noexcept {
+    for (const shadow_page* p = buckets_[bucket(frame)]; p != nullptr; p = p->next_in_bucket) {
+      if (p->frame == frame && !p->role.direct) return true;
+    }
+    return false;
+  }
+
+  /// Calls f(page) for each page of the frame; f may remove that page.
+  template <class F>
+  void for_each_of(gfn frame, F&& f) {
+    for (shadow_page* p = buckets_[bucket(frame)]; p != nullptr;) {
+      shadow_page* const next = p->next_in_bucket;
+      if (p->frame == frame) f(*p);
+      p = next;
+    }
+  }
+
+  /// Calls f(page) for each page, oldest first; f may remove that page.
+  template <class F>
+  void for_each(F&& f) const {
+    for (shadow_page* p = oldest_; p != nullptr;) {
+      shadow_page* const next = p->newer;
+      f(*p);
+      p = next;
+    }
+  }
+
+  /// Precondition: no page of the same frame and role is in.
+  void insert(shadow_page& p) noexcept {
+    shadow_page*& head = buckets_[bucket(p.frame)];
+    p.next_in_bucket = head;
+    head = &p;
+    p.newer = nullptr;
+    p.older = newest_;
+    (newest_ != nullptr ? newest_->newer : oldest_) = &p;
+    newest_ = &p;
+    ++size_;
+  }
+
+  /// Precondition: the page is in.
+  void remove(shadow_page& p) noexcept {
+    shadow_page** link = &buckets_[bucket(p.frame)];
+    while (*link != &p) link = &(*link)->next_in_bucket;
+    *link = p.next_in_bucket;
+    (p.older != nullptr ? p.older->newer : oldest_) = p.newer;
+    (p.newer != nullptr ? p.newer->older : newest_) = p.older;
+    --size_;
+  }
+
+ private:
+  static constexpr std::size_t buckets = 1024;
+  static constexpr std::size_t bucket(gfn frame) noexcept {
+    return static_cast<std::size_t>((frame.value * 0x9e3779b97f4a7c15U) >> 54);  // the upper ten bits
+  }
+
+  std::array<shadow_page*, buckets> buckets_{};
+  shadow_page* oldest_ = nullptr;
+  shadow_page* newest_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+}  // namespace x86
+MMUNOTIFY_END_NAMESPACE

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+// The self-check: walks everything and names the first broken invariant.
+//
+// It trusts nothing that it checks: leaves are counted from the pages and from the reverse mappings, links from both
+// ends. Guest-mode sections may go on meanwhile; they change accessed and dirty bits only.
+//
+// Cost: every entry of every shadow page, every frame of every slot; for tests and for hunting.
+
+#include <cstddef>
+
+#include <mmunotify/base/range.hpp>
+#include <mmunotify/config.hpp>
+#include <mmunotify/secondary/x86/backing.hpp>
+#include <mmunotify/secondary/x86/memslots.hpp>
+#include <mmunotify/secondary/x86/shadow_page.hpp>
+#include <mmunotify/secondary/x86/shadow_tables.hpp>
+
+MMUNOTIFY_BEGIN_NAMESPACE
+namespace x86 {
+
+/// Context: MMU lock, for the lifetime of the object.
+class table_check {
+ public:
+  table_check(shadow_tables& tables, const mmu_window& window) noexcept
+      : tables_(tables), slots_(tables.slots_.current()), window_(window) {}
+
+  /// Returns: the first broken invariant as a sentence, or nullptr. Precondition: at rest, all brackets' starts done.
+  const char* run(unsigned levels) noexcept {
+    if (tables_.flush_due_) return "a flush is due although the lock is free";
+    if (tables_.retired_.size() != 0) return "an unlinked page waits although no flush is due";
+    for_pages(&table_check::check_page);
+    if (broken_ == nullptr && pages_ != tables_.index_.size()) broken_ = "the index has lost count of its pages";
+    if (broken_ == nullptr && tables_.released() && pages_ != 0) broken_ = "a released MMU has shadow pages";
+    for (memslot* s : slots_.slots()) check_slot(*s);
+    if (broken_ == nullptr && mapped_ != leaves_) broken_ = "there are more leaves than reverse mappings, or fewer";
+    check_roots(levels);
+    return broken_;
+  }
+
+ private:
+  void fail(const char* what) noexcept {
+    if (broken_ == nullptr) broken_ = what;
+  }
+  void require(bool holds, const char* what) noexcept {
+    if (!holds) fail(what);
+  }
+
+  void for_pages(void (table_check::*check)(shadow_page&)) noexcept {
+    tables_.index_.for_each([&](shadow_page& p) { (this->*check)(p); });
+  }
+
+  void check_page(shadow_page& p) noexcept {
+    ++pages_;
+    require(tables_.index_.find(p.frame, p.role) == &p, "a shadow page is not where the index looks for it");
+    require(p.role.direct || slots_.find(p.frame) != nullptr, "a shadowed guest table is in no slot");
+    unsigned present = 0;
+    for (unsigned i = 0; i < entries_per_table; ++i) {
+      const shadow_entry e = p.load(i);
+      if (!e.present()) {
+        require(e == shadow_entry{}, "an entry that is not present has bits");
+        continue;
+      }
+      ++present;
+      if (e.is_leaf()) {
+        check_leaf(p, i, e);
+      } else {
+        check_link(p, i, *e.child());
+      }
+    }
+    require(present == p.present, "a shadow page has lost count of its entries");
+    p.parents.for_each([&](entry_place at) { check_parent(p, at); });
+  }
+
+  void check_parent(const shadow_page& p, entry_place at) noexcept {
+    const shadow_entry e = at.page->load(at.index);
+    require(e.present() && !e.is_leaf() && e.child() == &p, "a parent does not link its child");
+  }
+
+  void check_link(shadow_page& p, unsigned i, shadow_page& child) noexcept {
+    require(p.role.level > 1, "a page of the lowest level has a link");
+    require(tables_.index_.find(child.frame, child.role) == &child, "a linked page is not in the index");
+    require(child.parents.contains({&p, i}), "a link is missing among its page's parents");
+    require(child.role.level + 1 == p.role.level, "a link skips a level");
+    require(covers(p.role.access, child.role.access), "a table grants more than the ones above it");
+    require(child.role.direct || !p.role.direct, "an indirect page hangs below a direct one");
+  }
+
+  void check_leaf(shadow_page& p, unsigned i, shadow_entry e) noexcept {
+    ++leaves_;
+    const gfn frame{p.leaf_frames[i]};
+    memslot* const slot = slots_.find(frame);
+    require(p.role.level == 1, "a leaf is above the lowest level");
+    if (slot == nullptr) return fail("a leaf maps a frame outside all slots");
+    require(slot->mappings(frame).contains({&p, i}), "a leaf is missing in the reverse mapping");
+    require(!window_.open_hits(page_range(slot->config().host_of(frame))), "a leaf is inside an open bracket");
+    require(!p.role.direct || frame == p.frame + i, "a direct page maps a frame that is not its own");
+    if (e.allows().writable()) {
+      require(!tables_.index_.tracked(frame), "a shadowed guest table is mapped writable");
+      require(!slot->config().read_only, "a read-only slot is mapped writable");
+    }
+    const rights most = changed(p.role.access, p.role.wp ? 0 : rights::write_bit, 0);
+    require(covers(most, e.allows()), "a leaf grants more than the tables above it");
+  }
+
+  void check_slot(memslot& s) noexcept {
+    const memslot_config& c = s.config();
+    for (gfn f = c.base; f < c.end(); f = f + 1) {
+      s.mappings(f).for_each([&](entry_place at) {
+        ++mapped_;
+        const shadow_entry e = at.page->load(at.index);
+        require(e.present() && e.is_leaf(), "a reverse mapping names no leaf");
+        require(at.page->leaf_frames[at.index] == f.value, "a reverse mapping names another frame's leaf");
+      });
+    }
+  }
+
+  void check_roots(unsigned levels) noexcept {
+    tables_.gate_.for_each_locked([&](vcpu_port& port) {
+      const shadow_page* const p = port.root();
+      if (p == nullptr) return;
+      bool found = false;
+      tables_.index_.for_each([&](const shadow_page& q) { found = found || &q == p; });
+      if (!found) return fail("a vCPU's root is no shadow page of this VM");
+      require(p->role.level == levels && !p->role.direct, "a vCPU's root is not a top table");
+    });
+  }
+
+  shadow_tables& tables_;
+  const memslot_snapshot& slots_;
+  const mmu_window& window_;
+  const char* broken_ = nullptr;
+  std::size_t pages_ = 0;
+  std::size_t leaves_ = 0;
+  std::size_t mapped_ = 0;
+};
+
+}  // namespace x86
+MMUNOTIFY_END_NAMESPACE

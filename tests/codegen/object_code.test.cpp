@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: MIT
+
+// The proof for the disarmed path is the object code (D1, D2): it is read here, by objdump, instruction by instruction.
+// The straight path of a function is what runs when no conditional branch is taken.
+
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <map>
+#include <memory>
+#include <sstream>
+#include <string>
+#include <vector>
+
+namespace {
+
+struct instruction {
+  unsigned long address;
+  std::string mnemonic;
+  std::string operands;
+  std::string text() const { return mnemonic + " " + operands; }
+};
+using function = std::vector<instruction>;
+
+std::string output_of(const std::string& command) {
+  const std::unique_ptr<FILE, int (*)(FILE*)> pipe(popen(command.c_str(), "r"), &pclose);
+  REQUIRE(pipe != nullptr);
+  std::string all;
+  std::array<char, 4096> chunk;
+  while (std::fgets(chunk.data(), static_cast<int>(chunk.size()), pipe.get()) != nullptr) all += chunk.data();
+  return all;
+}
+
+std::string without_comment(std::string s) {
+  s = s.substr(0, s.find('#'));
+  s = s.substr(0, s.find('<'));
+  while (!s.empty() && s.back() == ' ') s.pop_back();
+  return s;
+}
+
+/// Every function of the object file, by symbol.
+std::map<std::string, function> disassemble() {
+  std::map<std::string, function> all;
+  std::istringstream lines(output_of("objdump -d --no-show-raw-insn " MMUNOTIFY_SUBJECT));
+  std::string line;
+  std::string name;
+  while (std::getline(lines, line)) {
+    const auto open = line.find('<');
+    if (line.size() > 2 && line.compare(line.size() - 2, 2, ">:") == 0 && open != std::string::npos) {
+      name = line.substr(open + 1, line.size() - open - 3);
+      continue;
+    }
+    const auto colon = line.find(":\t");
+    if (colon == std::string::npos || name.empty()) continue;
+    std::istringstream body(line.substr(colon + 2));
+    instruction i;
+    i.address = std::stoul(line.substr(0, colon), nullptr, 16);
+    body >> i.mnemonic;
+    std::getline(body >> std::ws, i.operands);
+    if (i.mnemonic == "lock" || i.mnemonic == "rep") {
+      i.mnemonic += " " + i.operands.substr(0, i.operands.find(' '));
+    }
+    i.operands = without_comment(i.operands);
+    all[name].push_back(i);
+  }
+  return all;
+}
+
+const function& code(const std::string& name) {
+  static const auto all = disassemble();
+  const auto found = all.find(name);
+  REQUIRE_MESSAGE(found != all.end(), name);
+  return found->second;
+}
+
+bool is_jump(const instruction& i) { return i.mnemonic[0] == 'j'; }
+bool is_conditional(const instruction& i) { return is_jump(i) && i.mnemonic != "jmp"; }
+bool is_return(const instruction& i) { return i.mnemonic.rfind("ret", 0) == 0; }
+bool is_call(const instruction& i) { return i.mnemonic.rfind("call", 0) == 0; }
+bool is_padding(const instruction& i) { return i.mnemonic.rfind("nop", 0) == 0 || i.mnemonic == "data16" || i.mnemonic == "cs"; }
+bool is_locked(const instruction& i) {
+  return i.mnemonic.rfind("lock", 0) == 0 || i.mnemonic.rfind("xchg", 0) == 0 || i.mnemonic.find("fence") != std::string::npos;
+}
+/// A load and compare in one, or a load.
+bool loads(const instruction& i) {
+  const auto paren = i.operands.find('(');
+  if (paren == std::string::npos || i.mnemonic.rfind("lea", 0) == 0 || i.mnemonic == "push") return false;
+  const auto last_comma = i.operands.rfind(',');
+  const bool compares = i.mnemonic.rfind("cmp", 0) == 0 || i.mnemonic.rfind("test", 0) == 0;
+  return compares || (last_comma != std::string::npos && i.operands.rfind(')') < last_comma);
+}
+bool stores_to_stack(const instruction& i) {
+  if (i.mnemonic.rfind("push", 0) == 0) return true;
+  const bool moves = i.mnemonic.rfind("mov", 0) == 0;
+  return moves && i.operands.size() > 6 && (i.operands.compare(i.operands.size() - 6, 6, "(%rsp)") == 0 ||
+                                            i.operands.compare(i.operands.size() - 6, 6, "(%rbp)") == 0);
+}
+
+/// What runs when no conditional branch is taken, padding left out.
+function straight_path(const std::string& name) {
+  const function& f = code(name);
+  function path;
+  std::size_t at = 0;
+  while (at < f.size() && path.size() < 1000) {
+    const instruction& i = f[at];
+    if (i.mnemonic == "jmp") {
+      // An unconditional jump stays in the function, or leaves it for good (a tail call).
+      unsigned long target = 0;
+      std::istringstream(i.operands) >> std::hex >> target;
+      const auto there = std::find_if(f.begin(), f.end(), [&](const instruction& x) { return x.address == target; });
+      if (there != f.end() && there != f.begin() + static_cast<std::ptrdiff_t>(at)) {
+        at = static_cast<std::size_t>(there - f.begin());
+        continue;
+      }
+    }
+    if (!is_padding(i)) path.push_back(i);
+    if (is_return(i) || i.mnemonic == "jmp") return path;
+    ++at;
+  }
+  FAIL("no end of the straight path of " << name);
+  return path;
+}
+
+template <class Predicate>
+long count(const function& f, Predicate p) {
+  return std::count_if(f.begin(), f.end(), p);
+}
+
+/// Instructions as text, with branch targets left out.
+std::vector<std::string> listing(const function& f) {
+  std::vector<std::string> lines;
+  for (const auto& i : f) {
+    if (!is_padding(i)) lines.push_back(is_jump(i) ? i.mnemonic : i.text());
+  }
+  return lines;
+}
+
+struct added {
+  long branches, loads, stack_stores, instructions, calls, locked;
+};
+added difference(const std::string& with, const std::string& bare) {
+  const function a = straight_path(with);
+  const function b = straight_path(bare);
+  return {count(a, is_conditional) - count(b, is_conditional), count(a, loads) - count(b, loads),
+          count(a, stores_to_stack) - count(b, stores_to_stack), static_cast<long>(a.size()) - static_cast<long>(b.size()),
+          count(a, is_call), count(a, is_locked)};
+}
+
+}  // namespace
+
+TEST_CASE("D2: with the disabled policy, the function is instruction for instruction the bare one") {
+  CHECK(listing(code("store_disabled")) == listing(code("store_bare")));
+  CHECK(listing(code("store_disabled_closure")) == listing(code("store_bare")));
+  CHECK(listing(code("loop_disabled")) == listing(code("loop_bare")));
+  CHECK(listing(code("young_disabled")) == listing(code("young_bare")));
+}
+
+TEST_CASE("D1: disarmed, start and end add a load-compare and a branch each at most, and two stores to the stack") {
+  for (const std::string name : {"store_under", "store_under_page", "store_under_plain"}) {
+    CAPTURE(name);
+    const added a = difference(name, "store_bare");
+    CHECK(a.branches >= 1);
+    CHECK(a.branches <= 2);
+    CHECK(a.loads >= 1);
+    CHECK(a.loads <= 2);
+    CHECK(a.stack_stores <= 2);
+    CHECK(a.calls == 0);
+    CHECK(a.locked == 0);
+    MESSAGE(name << ": " << a.instructions << " instructions more, " << a.loads << " loads, " << a.branches
+                 << " branches, " << a.stack_stores << " stores to the stack");
+  }
+}
+
+TEST_CASE("D1: disarmed, the closure form adds load, test and branch, and no store") {
+  using names = std::pair<std::string, std::string>;
+  for (const auto& [name, bare] : {names{"store_under_closure", "store_bare"}, {"table_under_closure", "table_bare"}}) {
+    CAPTURE(name);
+    const added a = difference(name, bare);
+    CHECK(a.branches == 1);
+    CHECK(a.loads == 1);
+    CHECK(a.stack_stores == 0);
+    CHECK(a.calls == 0);
+    CHECK(a.locked == 0);
+    CHECK(a.instructions <= 4);  // one: another choice of register
+    MESSAGE(name << ": " << a.instructions << " instructions more");
+  }
+}
+
+TEST_CASE("D1: disarmed, a young hook is a load, a compare and a branch") {
+  const added a = difference("young_under", "young_bare");
+  CHECK(a.branches <= 2);
+  CHECK(a.loads == 1);
+  CHECK(a.calls == 0);
+  CHECK(a.locked == 0);
+}
+
+TEST_CASE("D1: the armed half lies out of line, in a cold section") {
+  std::istringstream symbols(output_of("objdump -t -C " MMUNOTIFY_SUBJECT));
+  std::string line;
+  int armed = 0;
+  while (std::getline(symbols, line)) {
+    if (line.find(" F ") == std::string::npos) continue;
+    if (line.find("_armed") == std::string::npos) continue;
+    ++armed;
+    CHECK_MESSAGE(line.find(".text.unlikely") != std::string::npos, line);
+  }
+  CHECK(armed >= 4);
+}
+
+TEST_CASE("tracked, disarmed, is two stores more to the thread's own line, no call, no fence") {
+  const function path = straight_path("store_tracked");
+  CHECK(count(path, is_call) == 0);
+  CHECK(count(path, is_locked) == 0);
+}
+
+TEST_CASE("the reader of object code sees what must not pass") {
+  CHECK(difference("store_locked", "store_bare").locked == 1);
+  CHECK(difference("store_calling", "store_bare").calls == 1);
+  CHECK(listing(code("store_under")) != listing(code("store_bare")));
+  CHECK(difference("store_tracked", "store_bare").branches > 2);
+}

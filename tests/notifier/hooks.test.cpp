@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: MIT
+#include <mmunotify/notifier/hooks.hpp>
+
+#include <doctest/doctest.h>
+
+#include <mmunotify/base/address.hpp>
+
+using namespace mmunotify;
+
+namespace {
+
+struct only_release {
+  int released = 0;
+  void release() { ++released; }
+};
+struct everything {
+  int starts = 0;
+  void invalidate_range_start(const invalidation&) { ++starts; }
+  void invalidate_range_end(const invalidation&) {}
+  bool clear_flush_young(mmunotify::range) { return true; }
+  bool clear_young(mmunotify::range) { return true; }
+  bool test_young(mmunotify::range) { return false; }
+  void release() {}
+};
+struct refusing {
+  bool invalidate_range_start(const invalidation& i) { return i.blockable; }
+};
+struct nothing {};
+struct wrong_signature {
+  void invalidate_range_start(int) {}
+};
+struct final_and_wrong final {
+  void release(int) {}
+};
+struct overloaded {
+  void release() {}
+  void release(int) {}
+};
+struct by_frame {
+  void invalidate_range_end(const basic_invalidation<gfn>&) {}
+};
+
+static_assert(secondary_mmu<only_release> && secondary_mmu<everything> && secondary_mmu<refusing>);
+static_assert(!secondary_mmu<nothing> && !secondary_mmu<wrong_signature> && !secondary_mmu<int>);
+static_assert(secondary_mmu<by_frame, gfn> && !secondary_mmu<by_frame>);
+static_assert(has_refusing_start<refusing> && !has_start<refusing>);
+
+// What the static_asserts of a subscriber look at: a hook of the right name and the wrong signature is found.
+static_assert(detail::names_invalidate_range_start<wrong_signature>());
+static_assert(detail::names_release<final_and_wrong>());
+static_assert(detail::names_release<overloaded>() && has_release<overloaded>);
+static_assert(!detail::names_release<nothing>());
+
+}  // namespace
+
+TEST_CASE("an absent hook is a null pointer, a present one calls the client") {
+  constexpr const auto& none_but_release = detail::operations_for<only_release, std::uintptr_t>;
+  static_assert(none_but_release.start == nullptr && none_but_release.end == nullptr);
+  static_assert(none_but_release.clear_flush_young == nullptr && none_but_release.clear_young == nullptr);
+  static_assert(none_but_release.test_young == nullptr);
+  only_release r;
+  none_but_release.release(&r);
+  CHECK(r.released == 1);
+
+  constexpr const auto& all = detail::operations_for<everything, std::uintptr_t>;
+  everything e;
+  CHECK(all.start(&e, {{0, 1}}));
+  CHECK(e.starts == 1);
+  CHECK(all.clear_flush_young(&e, {0, 1}));
+  CHECK(all.clear_young(&e, {0, 1}));
+  CHECK_FALSE(all.test_young(&e, {0, 1}));
+}
+
+TEST_CASE("P3: a start that returns bool refuses, one that returns void cannot") {
+  refusing r;
+  constexpr const auto& o = detail::operations_for<refusing, std::uintptr_t>;
+  CHECK(o.start(&r, {{0, 1}}));
+  CHECK_FALSE(o.start(&r, {{0, 1}, event::unmap, nullptr, false}));
+}

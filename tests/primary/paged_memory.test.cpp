@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: MIT
+
+#include <mmunotify/primary/paged_memory.hpp>
+
+#include <doctest/doctest.h>
+
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include <mmunotify/primary/frame_access.hpp>
+
+#include "support/threads.hpp"
+
+using namespace mmunotify;
+
+namespace {
+
+using counter = detail::counter;
+
+constexpr std::uintptr_t at(std::uintptr_t page) { return page * page_size; }
+
+/// Four pages that may be written; page i holds i + 1 in its first word.
+struct four_pages {
+  explicit four_pages(std::size_t frames, std::size_t swap = 8) : memory(frames, swap) {
+    const area made{{0, at(4)}, protection::read_write};
+    REQUIRE(memory.areas().replaced(made.range, {&made, 1}, memory.areas()));
+    for (std::uintptr_t p = 0; p < 4; ++p) REQUIRE(put(p, p + 1) == errc::ok);
+  }
+  errc put(std::uintptr_t page, std::uint64_t value) {
+    return memory.with_page(at(page), true, [&](pfn f, protection) {
+      word_at<std::uint64_t>(memory.frames().data(f)).store(value, std::memory_order_relaxed);
+      return errc::ok;
+    });
+  }
+  std::uint64_t get(std::uintptr_t page) {
+    std::uint64_t value = 0;
+    const errc e = memory.with_page(at(page), false, [&](pfn f, protection) {
+      value = word_at<std::uint64_t>(memory.frames().data(f)).load(std::memory_order_relaxed);
+      return errc::ok;
+    });
+    REQUIRE(e == errc::ok);
+    return value;
+  }
+  /// All pages to the swap store, in the three steps.
+  void swap_all() {
+    paged_memory::page_jobs jobs;
+    frame_chain dying;
+    REQUIRE(memory.plan(paged_memory::whole(), memory.swap(), jobs));
+    memory.replace(jobs, memory.swap(), counter::swapped_out, dying,
+                   [](pfn slot, bool) { return page_entry::swapped_to(slot); });
+    memory.frames().drop(dying);
+    paged_memory::give_back(jobs, memory.swap());
+  }
+  paged_memory memory;
+};
+
+TEST_CASE("frames that are replaced stay held, with their contents, until the chain is dropped") {
+  four_pages m{8};
+  paged_memory::page_jobs jobs;
+  frame_chain dying;
+  const pfn old = m.memory.translate(0).frame;
+  REQUIRE(m.memory.plan({0, at(2)}, m.memory.frames(), jobs));
+  CHECK(m.memory.translate(0).frame == old);
+  m.memory.replace(jobs, m.memory.frames(), counter::migrated, dying,
+                   [](pfn f, bool young) { return page_entry::mapping(f, young); });
+  CHECK(m.memory.translate(0).frame != old);
+  CHECK(m.memory.translate(0).young);
+  CHECK(word_at<std::uint64_t>(m.memory.frames().data(old)).load() == 1);
+  CHECK(dying.size() == 2);
+  CHECK(m.memory.frames().free_count() == 2);
+  m.memory.frames().drop(dying);
+  CHECK(m.memory.frames().free_count() == 4);
+  CHECK(m.get(0) == 1);
+  CHECK(m.memory.verify() == nullptr);
+}
+
+TEST_CASE("a plan is all or nothing, and what it does not use comes back") {
+  four_pages m{6};
+  paged_memory::page_jobs jobs;
+  CHECK_FALSE(m.memory.plan({0, at(3)}, m.memory.frames(), jobs));
+  CHECK(m.memory.frames().free_count() == 2);
+  paged_memory::page_jobs fewer;
+  REQUIRE(m.memory.plan({0, at(2)}, m.memory.frames(), fewer));
+  CHECK(m.memory.frames().free_count() == 0);
+  m.memory.give_back(fewer, m.memory.frames());
+  CHECK(m.memory.frames().free_count() == 2);
+  CHECK(m.memory.verify() == nullptr);
+}
+
+TEST_CASE("a page that another thread swapped out since the plan is left alone") {
+  four_pages m{8};
+  paged_memory::page_jobs jobs;
+  frame_chain dying;
+  REQUIRE(m.memory.plan({0, at(4)}, m.memory.frames(), jobs));
+  m.swap_all();
+  m.memory.replace(jobs, m.memory.frames(), counter::migrated, dying,
+                   [](pfn f, bool young) { return page_entry::mapping(f, young); });
+  CHECK(dying.empty());
+  m.memory.give_back(jobs, m.memory.frames());
+  CHECK(m.memory.frames().free_count() == 8);
+  CHECK(m.memory.translate(0).swapped);
+  CHECK(m.get(3) == 4);
+  CHECK(m.memory.verify() == nullptr);
+}
+
+TEST_CASE("taking away empties present and swapped entries, and moving keeps both") {
+  four_pages m{8};
+  m.swap_all();
+  CHECK(m.get(0) == 1);
+  REQUIRE(m.memory.make_way({0, at(2)}, at(2000)));
+  const area there{{at(2000), at(2002)}, protection::read_write};
+  REQUIRE(m.memory.areas().replaced(there.range, {&there, 1}, m.memory.areas()));
+  m.memory.move_entries({0, at(2)}, at(2000));
+  CHECK(m.memory.translate(at(2000)).present);
+  CHECK(m.memory.translate(at(2001)).swapped);
+  CHECK_FALSE(m.memory.translate(0).present);
+  CHECK(m.get(2001) == 2);
+  frame_chain dying;
+  CHECK(m.memory.take_away(paged_memory::whole(), dying) == 4);
+  CHECK(dying.size() == 2);
+  m.memory.frames().drop(dying);
+  CHECK(m.memory.frames().free_count() == 8);
+  CHECK(m.memory.swap().free_count() == 8);
+  m.memory.prune(paged_memory::whole());
+  CHECK(m.memory.verify() == nullptr);
+}
+
+TEST_CASE("a transfer takes all of its pages before it touches the first") {
+  four_pages m{4};
+  m.swap_all();
+  int copies = 0;
+  const auto count = [&](std::byte*, std::size_t, std::size_t) { ++copies; };
+  CHECK(m.memory.transfer(4, 3 * page_size, false, count) == errc::ok);
+  CHECK(copies == 4);
+  m.swap_all();
+  std::vector<pfn> taken(2);
+  for (pfn& f : taken) f = m.memory.frames().allocate();
+  CHECK(m.memory.transfer(4, 3 * page_size, false, count) == errc::no_memory);
+  CHECK(copies == 4);
+  for (const pfn f : taken) m.memory.frames().drop(f);
+  CHECK(m.memory.verify() == nullptr);
+  for (std::uintptr_t p = 0; p < 4; ++p) {
+    CHECK(m.memory.frames().pins(m.memory.translate(at(p)).frame) == 0);
+    CHECK(m.get(p) == p + 1);
+  }
+}
+
+TEST_CASE("young bits are set by touching and cleared by asking") {
+  four_pages m{8};
+  CHECK(m.memory.young({0, at(4)}, true));
+  CHECK_FALSE(m.memory.young({0, at(4)}, false));
+  CHECK(m.get(2) == 3);
+  CHECK(m.memory.young({at(2), at(3)}, false));
+  CHECK_FALSE(m.memory.young({at(3), at(4)}, false));
+}
+
+TEST_CASE("verify names what is broken") {
+  SUBCASE("a frame that is mapped twice") {
+    four_pages m{8};
+    const area there{{at(9), at(10)}, protection::read};
+    REQUIRE(m.memory.areas().replaced(there.range, {&there, 1}, m.memory.areas()));
+    REQUIRE(m.memory.make_way({0, at(1)}, at(9)));
+    const pfn f = m.memory.translate(0).frame;
+    m.memory.move_entries({0, at(1)}, at(9));
+    REQUIRE(m.put(0, 5) == errc::ok);
+    paged_memory::page_jobs jobs;
+    frame_chain dying;
+    REQUIRE(m.memory.plan({0, at(1)}, m.memory.frames(), jobs));
+    m.memory.replace(jobs, m.memory.frames(), counter::migrated, dying,
+                     [f](pfn, bool young) { return page_entry::mapping(f, young); });
+    m.memory.frames().drop(dying);
+    CHECK(std::string(m.memory.verify()) == "two entries share a frame or a swap slot");
+  }
+  SUBCASE("a page outside all areas") {
+    four_pages m{8};
+    area_list none;
+    m.memory.areas().swap(none);
+    CHECK(std::string(m.memory.verify()) == "a page lies in no area");
+  }
+  SUBCASE("a frame that says mapped and is not") {
+    four_pages m{8};
+    m.memory.frames().install(m.memory.frames().allocate());
+    CHECK(std::string(m.memory.verify()) == "a frame's mapped bit and the entries disagree");
+  }
+  SUBCASE("a swap slot that is lost") {
+    four_pages m{8};
+    m.memory.swap().install(m.memory.swap().allocate());
+    CHECK(std::string(m.memory.verify()) == "a swap slot's state and the entries disagree");
+  }
+}
+
+TEST_CASE("faults, replacements and young bits of many threads leave contents and counts right") {
+  four_pages m{16, 16};
+  {
+    std::vector<std::jthread> threads;
+    for (std::uint64_t id = 1; id <= 3; ++id) {
+      threads.emplace_back([&, id] {
+        small_random random{id};
+        for (int i = 0; i < 1500; ++i) {
+          if (id == 1 && random.below(3) == 0) m.swap_all();
+          if (id == 2) m.memory.young({0, at(4)}, true);
+          static_cast<void>(m.get(random.below(4)));
+        }
+      });
+    }
+  }
+  for (std::uintptr_t p = 0; p < 4; ++p) CHECK(m.get(p) == p + 1);
+  CHECK(m.memory.verify() == nullptr);
+}
+
+}  // namespace

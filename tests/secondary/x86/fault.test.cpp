@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: MIT
+
+#include <mmunotify/secondary/x86/fault.hpp>
+
+#include <doctest/doctest.h>
+
+#include "shadow_fixture.hpp"
+
+using namespace shadow_test;
+
+namespace {
+constexpr gva va{0x400000};
+constexpr gpa data_page{0x5000};
+
+struct fixture : machine {
+  cpu_type cpu{mmu};
+  gpa leaf = map(va, data_page);
+
+  fixture() { CHECK(cpu.set_cr3(root) == errc::ok); }
+  /// The script runs when the page is pinned for the `n`th time from now.
+  void when_pinned(gpa page, std::function<void()> script, int n = 1) {
+    host.keep = true;
+    host.during_pin = [this, page, script, n, seen = 0](hva a, bool) mutable {
+      if (a == host_of(page) && ++seen == n) script();
+    };
+  }
+  std::byte* now(gpa a) { return host.bytes(host_of(a)); }
+  void check() {
+    CHECK(mmu.verify() == nullptr);
+    CHECK(host.on_loan() == 0);
+  }
+};
+}  // namespace
+
+TEST_CASE("K1: an entry is installed only if no overlapping bracket ran since before the page lookup") {
+  fixture f;
+  f.when_pinned(data_page, [&] { f.migrate(data_page); });
+  CHECK(f.cpu.prefault(va, access::read).what == outcome::again);
+  CHECK_FALSE(f.cpu.hits(va, access::read));
+  f.check();
+  const seen s = touch(f.cpu, va, access::read);
+  CHECK(s.result.what == outcome::done);
+  CHECK(s.at == f.now(data_page));
+  CHECK(f.mmu.statistics().retries == 1);
+  f.check();
+}
+
+TEST_CASE("K1: an entry is installed only if no overlapping bracket is open, and one byte of overlap is enough") {
+  fixture f;
+  const auto page = x86::page_range(f.host_of(data_page));
+  for (const range r : {page, range{page.first - 4096, page.first + 1}, range{page.last - 1, page.last + 5},
+                        range{0, UINTPTR_MAX}}) {
+    f.when_pinned(data_page, [&] { f.start(r); });
+    CHECK(f.cpu.prefault(va, access::read).what == outcome::again);
+    f.host.during_pin = nullptr;
+    CHECK(f.cpu.prefault(va, access::read).what == outcome::again);
+    f.check();
+    f.end(r);
+    CHECK(f.cpu.prefault(va, access::read).what == outcome::done);
+    f.start(page);
+    f.end(page);
+  }
+  f.check();
+}
+
+TEST_CASE("C9: a bracket elsewhere makes no fault retry, open or finished") {
+  fixture f;
+  const auto page = x86::page_range(f.host_of(data_page));
+  f.when_pinned(data_page, [&] {
+    f.start({page.last, page.last + 4096});  // touches
+    f.migrate({0x7000});
+  });
+  CHECK(f.cpu.prefault(va, access::read).what == outcome::done);
+  f.end({page.last, page.last + 4096});
+  CHECK(f.mmu.statistics().retries == 0);
+  f.check();
+}
+
+TEST_CASE("K1: a bracket over a guest table that the walk has read makes the fault retry") {
+  for (unsigned level = 1; level <= 4; ++level) {
+    fixture f;
+    const gpa table = f.entry_at(va, level, f.root).page();
+    f.when_pinned(data_page, [&] {
+      f.migrate(table);
+      if (level == 1) {  // the new page says something else
+        *reinterpret_cast<std::uint64_t*>(f.now(f.leaf)) = 0x6000 | rwu;
+      }
+    });
+    CHECK(f.cpu.prefault(va, access::read).what == outcome::again);
+    CHECK_FALSE(f.cpu.hits(va, access::read));
+    const seen s = touch(f.cpu, va, access::read);
+    CHECK(s.at == f.now(level == 1 ? gpa{0x6000} : data_page));
+    f.check();
+  }
+}
+
+TEST_CASE("a guest that changes an entry in the middle of the fault is believed, at every level") {
+  for (unsigned level = 1; level <= 4; ++level) {
+    fixture f;
+    // A second tree for the same address that leads to another page.
+    const std::uint64_t second = f.new_table();
+    gpa table{second};
+    for (unsigned l = 4; l > 1; --l) {
+      const std::uint64_t next = f.new_table();
+      CHECK(f.write64(table + x86::long_mode_4::index(va, l) * 8, next | rwu) == errc::ok);
+      table = {next};
+    }
+    CHECK(f.write64(table + x86::long_mode_4::index(va, 1) * 8, 0x6000 | rwu) == errc::ok);
+    const gpa mine = f.entry_at(va, level, f.root), theirs = f.entry_at(va, level, second);
+    f.when_pinned(data_page, [&] { CHECK(f.write64(mine, f.read64(theirs)) == errc::ok); });
+    CHECK(f.cpu.prefault(va, access::read).what == outcome::again);
+    CHECK(touch(f.cpu, va, access::read).at == f.now({0x6000}));
+    f.check();
+  }
+}
+
+TEST_CASE("a guest page table that is mapped writable cannot be changed unseen while its first entry is shadowed") {
+  // Another vCPU has the leaf table mapped writable; it writes there after our walk, directly.
+  fixture f;
+  cpu_type other{f.mmu};
+  const std::uint64_t second = f.new_table();
+  const std::uint64_t first_root = std::exchange(f.root, second);
+  f.map({0x900000}, f.leaf.page());
+  f.root = first_root;
+  REQUIRE(other.set_cr3(second) == errc::ok);
+  REQUIRE(touch(other, {0x900000}, access::write).result.what == outcome::done);
+  f.when_pinned(data_page, [&] {
+    const outcome o = other.access({0x900000 + f.leaf.offset()}, access::write, [](std::byte* at) noexcept {
+      std::atomic_ref<std::uint64_t>(*reinterpret_cast<std::uint64_t*>(at)).store(0x6000 | rwu);
+    });
+    CHECK(o.what == outcome::done);
+  });
+  CHECK(f.cpu.prefault(va, access::read).what == outcome::again);
+  CHECK(touch(f.cpu, va, access::read).at == f.now({0x6000}));
+  CHECK(touch(other, {0x900000}, access::write).result.what == outcome::write_tracked);
+  f.check();
+}
+
+TEST_CASE("a slot that goes or moves in the middle of a fault is not mapped through") {
+  fixture f;
+  f.when_pinned(data_page, [&] { CHECK(f.mmu.move_slot(1, {0x1000}) == errc::ok); });
+  CHECK(f.cpu.prefault(va, access::read).what == outcome::again);
+  f.check();
+  CHECK(f.cpu.prefault(va, access::read).what == outcome::not_mapped);  // the tables are gone as well
+  CHECK(f.mmu.move_slot(1, {0}) == errc::ok);
+  CHECK(touch(f.cpu, va, access::read).at == f.now(data_page));
+  f.when_pinned(data_page, [&] { CHECK(f.mmu.remove_slot(1) == errc::ok); });
+  f.start(x86::page_range(f.host_of(data_page)));
+  f.end(x86::page_range(f.host_of(data_page)));
+  CHECK(f.cpu.prefault(va, access::read).what == outcome::again);
+  f.check();
+  CHECK(f.mmu.statistics().pages_zapped > 0);
+}
+
+TEST_CASE("an MMU that is released in the middle of a fault maps nothing") {
+  fixture f;
+  f.when_pinned(data_page, [&] { f.mmu.release(); });
+  CHECK(f.cpu.prefault(va, access::read).what == outcome::released);
+  CHECK(f.mmu.page_count() == 0);
+  f.check();
+}
+
+TEST_CASE("K5: the provider is never called while the MMU lock is held, and nothing returns with it") {
+  fixture f;
+  int calls = 0;
+  const auto lock_is_free = [&] {
+    ++calls;
+    bool taken = false;
+    std::thread([&] {
+      taken = f.mmu.lock().try_lock();
+      if (taken) f.mmu.lock().unlock();
+    }).join();
+    CHECK(taken);
+  };
+  f.host.keep = true;
+  f.host.during_pin = [&](hva, bool) { lock_is_free(); };
+  f.host.during_unpin = lock_is_free;
+  CHECK(f.cpu.prefault(va, access::read).what == outcome::done);
+  CHECK(f.cpu.prefault(va, access::write).what == outcome::done);
+  CHECK(f.cpu.prefault({0x999000}, access::write).what == outcome::page_fault);
+  CHECK(f.write64(f.leaf, 0x6000 | rwu) == errc::ok);
+  CHECK(f.write64({0x6000}, 1) == errc::ok);
+  CHECK(f.write64({0x4000000}, 1) == errc::not_mapped);
+  CHECK(f.cpu.prefault(va, access::write).what == outcome::done);
+  CHECK(calls > 20);
+  lock_is_free();
+  f.host.during_pin = nullptr;
+  f.host.during_unpin = nullptr;
+  f.check();
+}
+
+TEST_CASE("K5: a guest write to a shadowed table zaps exactly the shadows of the entries that it touches") {
+  fixture f;
+  for (unsigned i = 1; i < 6; ++i) f.map(va + i * page_size, {(i + 5) * page_size});
+  for (unsigned i = 0; i < 6; ++i) REQUIRE(touch(f.cpu, va + i * page_size, access::read).result.what == outcome::done);
+  const auto faults = f.mmu.statistics().faults;
+  std::array<std::byte, 9> bytes{};  // the end of entry 1, all of 2 would be 8: from offset 15 to 24, entries 1, 2, 3
+  std::memcpy(bytes.data(), f.now(f.leaf + 15), bytes.size());
+  CHECK(f.mmu.guest_write(f.leaf + 15, bytes) == errc::ok);
+  for (unsigned i = 0; i < 6; ++i) CHECK(f.cpu.hits(va + i * page_size, access::read) == (i < 1 || i > 2));
+  CHECK(f.mmu.statistics().faults == faults);
+  CHECK(f.mmu.statistics().zapped == 2);
+  CHECK(touch(f.cpu, va + page_size, access::read).at == f.now({6 * page_size}));
+  f.check();
+}
+
+TEST_CASE("a guest write is done in pieces where pages end, and says why it stopped") {
+  fixture f;
+  std::array<std::byte, 5000> bytes;
+  for (std::size_t i = 0; i < bytes.size(); ++i) bytes[i] = std::byte(i * 7);
+  CHECK(f.mmu.guest_write({0x5ffd}, bytes) == errc::ok);
+  for (std::size_t i = 0; i < bytes.size(); ++i) REQUIRE(*f.now(gpa{0x5ffd} + i) == bytes[i]);
+  CHECK(f.mmu.guest_write({0x5ffd}, {}) == errc::ok);
+  CHECK(f.mmu.guest_write({UINT64_MAX - 3}, bytes) == errc::bad_range);
+  CHECK(f.mmu.guest_write({machine::pages * page_size - 8}, bytes) == errc::not_mapped);
+  f.host.read_only[f.host_of({0x6000}).value] = true;
+  CHECK(f.mmu.guest_write({0x5ffd}, bytes) == errc::access_denied);
+  f.host.refuses[f.host_of({0x6000}).value] = errc::no_memory;
+  CHECK(f.mmu.guest_write({0x6000}, bytes) == errc::no_memory);
+  f.mmu.release();
+  CHECK(f.mmu.guest_write({0x7000}, bytes) == errc::released);
+  f.check();
+}
+
+TEST_CASE("K1: a guest write lands in the page that is there, not in the one that was") {
+  fixture f;
+  const pfn old = f.host.at(f.host_of(data_page));
+  f.when_pinned(data_page, [&] { f.migrate(data_page); });
+  CHECK(f.write64(data_page, 0x1234) == errc::ok);
+  CHECK(f.read64(data_page) == 0x1234);
+  CHECK(f.host.data(old)[0] == std::byte{0x6b});
+  f.check();
+}
+
+TEST_CASE("what the host refuses comes back as the outcome, and leaves nothing behind") {
+  fixture f;
+  const std::uint64_t page = f.host_of(data_page).value;
+  const auto with = [&](errc e) {
+    f.host.refuses[page] = e;
+    const outcome o = f.cpu.prefault(va, access::read);
+    f.host.refuses.clear();
+    f.check();
+    return o;
+  };
+  CHECK(with(errc::not_mapped) == outcome{.what = outcome::not_mapped, .address = data_page});
+  CHECK(with(errc::access_denied).what == outcome::not_mapped);
+  CHECK(with(errc::no_memory).what == outcome::no_memory);
+  CHECK(with(errc::released).what == outcome::released);
+  CHECK(with(errc::again).what == outcome::again);
+  CHECK(f.mmu.statistics().installs == 0);
+  f.host.refuses[f.host_of(f.leaf).page().value] = errc::not_mapped;
+  CHECK(f.cpu.prefault(va, access::read) == outcome{.what = outcome::not_mapped, .address = f.leaf});
+  f.host.refuses.clear();
+  CHECK(f.write64(f.leaf, (machine::pages << 12) | rwu) == errc::ok);  // outside all slots
+  CHECK(f.cpu.prefault(va, access::read) ==
+        outcome{.what = outcome::not_mapped, .address = {machine::pages << 12}});
+  f.check();
+}

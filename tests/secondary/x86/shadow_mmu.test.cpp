@@ -1,0 +1,580 @@
+// SPDX-License-Identifier: MIT
+
+#include <mmunotify/secondary/x86/shadow_mmu.hpp>
+
+#include <doctest/doctest.h>
+
+#include <mmunotify/notifier/address_space.hpp>
+#include <mmunotify/primary/reference_mmu.hpp>
+
+#include "shadow_fixture.hpp"
+
+using namespace shadow_test;
+
+namespace {
+constexpr gva va{0x400000};
+constexpr gpa page{0x5000};
+
+struct fixture : machine {
+  cpu_type cpu{mmu};
+  gpa leaf = map(va, page, rwu);
+
+  fixture() { CHECK(cpu.set_cr3(root) == errc::ok); }
+  std::byte* now(gpa a) { return host.bytes(host_of(a)); }
+  static range bytes_of(gpa a) { return x86::page_range(host_of(a)); }
+};
+
+std::vector<contract_violation> reported;
+void report(const contract_violation& v) noexcept { reported.push_back(v); }
+}  // namespace
+
+TEST_CASE("K2: a bracket closes what it opened although slots came and went in between") {
+  fixture f;
+  const range r = f.bytes_of(page);
+  SUBCASE("a slot that appears inside the bracket is covered by it") {
+    f.start(r);
+    CHECK(f.mmu.add_slot({.id = 2, .base = {1000}, .pages = 1, .host = f.host_of(page)}) == errc::ok);
+    CHECK(f.write64(f.leaf, (1000 * page_size) | rwu) == errc::ok);
+    CHECK(f.cpu.prefault(va, access::read).what == outcome::again);
+    f.host.migrate(f.host_of(page));
+    f.end(r);
+    CHECK(touch(f.cpu, va, access::read).at == f.now(page));
+    f.start(r);  // through both slots
+    CHECK_FALSE(f.cpu.hits(va, access::read));
+    f.end(r);
+  }
+  SUBCASE("a slot that goes inside the bracket leaves nothing open") {
+    CHECK(f.mmu.add_slot({.id = 2, .base = {1000}, .pages = 1, .host = f.host_of(page)}) == errc::ok);
+    f.start(r);
+    CHECK(f.mmu.remove_slot(2) == errc::ok);
+    f.end(r);
+    CHECK(f.cpu.prefault(va, access::read).what == outcome::done);
+  }
+  SUBCASE("a slot that moves inside the bracket leaves nothing open") {
+    f.start(r);
+    CHECK(f.mmu.move_slot(1, {2000}) == errc::ok);
+    CHECK(f.mmu.move_slot(1, {0}) == errc::ok);
+    f.end(r);
+    CHECK(f.cpu.prefault(va, access::read).what == outcome::done);
+  }
+  CHECK(f.mmu.verify() == nullptr);
+}
+
+TEST_CASE("K3: when start returns no vCPU has the page in its tables or its TLB") {
+  fixture f;
+  cpu_type other{f.mmu};
+  REQUIRE(other.set_cr3(f.root) == errc::ok);
+  f.map({0x800000}, page, rwu);
+  for (const x86::access how : {access::read, access::write}) {
+    REQUIRE(touch(f.cpu, va, how).result.what == outcome::done);
+    REQUIRE(touch(other, {0x800000}, how).result.what == outcome::done);
+    REQUIRE(touch(other, va, how).result.what == outcome::done);
+    f.start(f.bytes_of(page));
+    CHECK_FALSE(f.cpu.hits(va, access::read));
+    CHECK_FALSE(other.hits(va, access::read));
+    CHECK_FALSE(other.hits({0x800000}, access::read));
+    CHECK(f.mmu.verify() == nullptr);
+    f.host.migrate(f.host_of(page));
+    f.end(f.bytes_of(page));
+    CHECK(touch(other, {0x800000}, how).at == f.now(page));
+    CHECK(touch(f.cpu, va, how).at == f.now(page));
+  }
+  const auto flushes = f.mmu.statistics().flushes;
+  f.migrate({0x7000});
+  CHECK(f.mmu.statistics().flushes == flushes);  // nothing of it was mapped
+}
+
+TEST_CASE("K3: start waits for a vCPU that is using the page") {
+  fixture f;
+  REQUIRE(touch(f.cpu, va, access::write).result.what == outcome::done);
+  std::atomic<bool> inside{false}, starting{false}, started{false};
+  bool too_early = false;
+  std::thread guest([&] {
+    static_cast<void>(f.cpu.access(va, access::write, [&](std::byte*) noexcept {
+      inside.store(true);
+      while (!starting.load()) std::this_thread::yield();
+      for (int i = 0; i < 2000; ++i) {
+        std::this_thread::yield();
+        too_early = too_early || started.load();
+      }
+    }));
+  });
+  while (!inside.load()) std::this_thread::yield();
+  starting.store(true);
+  f.start(f.bytes_of(page));
+  started.store(true);
+  guest.join();
+  CHECK_FALSE(too_early);
+  f.end(f.bytes_of(page));
+}
+
+TEST_CASE("K3: a mapping that the guest itself has zapped is flushed before a bracket could miss it") {
+  fixture f;
+  REQUIRE(touch(f.cpu, va, access::write).result.what == outcome::done);
+  CHECK(f.write64(f.leaf, 0) == errc::ok);
+  f.start(f.bytes_of(page));  // finds no leaf
+  CHECK_FALSE(f.cpu.hits(va, access::read));
+  f.end(f.bytes_of(page));
+}
+
+TEST_CASE("K4: frames are taken and given back by number, whatever the number") {
+  fixture f;
+  for (const std::uint64_t number : {std::uint64_t{0}, std::uint64_t{0xfeedface}, x86::shadow_entry::frame_limit - 1}) {
+    f.start(f.bytes_of(page));
+    f.host.next_number = number;
+    f.host.place(f.host_of(page));
+    f.end(f.bytes_of(page));
+    CHECK(touch(f.cpu, va, access::write).at == f.now(page));
+    CHECK(f.host.on_loan() == 0);
+    CHECK(f.mmu.verify() == nullptr);
+  }
+  f.start(f.bytes_of(page));
+  f.host.next_number = x86::shadow_entry::frame_limit;
+  f.host.place(f.host_of(page));
+  f.end(f.bytes_of(page));
+  CHECK(touch(f.cpu, va, access::write).result.what == outcome::not_mapped);
+  CHECK(f.host.on_loan() == 0);
+}
+
+TEST_CASE("a frame that is lent for reading is mapped read-only, and asked for anew at a write") {
+  fixture f;
+  f.host.read_only[f.host_of(page).value] = true;
+  f.map(va, page, rwu | used);
+  CHECK(touch(f.cpu, va, access::read).at == f.now(page));
+  CHECK(touch(f.cpu, va, access::write).result == outcome{.what = outcome::not_mapped, .address = page});
+  f.start(f.bytes_of(page));
+  f.host.read_only.clear();
+  f.host.migrate(f.host_of(page));
+  f.end(f.bytes_of(page));
+  CHECK(touch(f.cpu, va, access::read).at == f.now(page));
+  CHECK(touch(f.cpu, va, access::write).at == f.now(page));
+  CHECK(f.mmu.verify() == nullptr);
+}
+
+TEST_CASE("a write to a read-only slot is the caller's, a read is not") {
+  fixture f;
+  CHECK(f.mmu.add_slot({.id = 2, .base = {1000}, .pages = 1, .host = f.host_of(page), .read_only = true}) == errc::ok);
+  f.map(va, {1000 * page_size}, rwu | used);
+  CHECK(touch(f.cpu, va, access::read).at == f.now(page));
+  CHECK(touch(f.cpu, va, access::write).result.what == outcome::not_mapped);
+  CHECK(f.mmu.guest_write({1000 * page_size}, std::array<std::byte, 1>{}) == errc::access_denied);
+  CHECK(f.mmu.verify() == nullptr);
+}
+
+TEST_CASE("removing and moving a slot takes down what maps it, and bad slots change nothing") {
+  fixture f;
+  REQUIRE(touch(f.cpu, va, access::read).result.what == outcome::done);
+  CHECK(f.mmu.add_slot({.id = 2, .base = {10}, .pages = 1, .host = ram_base}) == errc::overlap);
+  CHECK(f.mmu.add_slot({.id = 1, .base = {1000}, .pages = 1, .host = ram_base}) == errc::already_registered);
+  CHECK(f.mmu.remove_slot(7) == errc::not_registered);
+  CHECK(f.mmu.move_slot(1, {UINT64_MAX}) == errc::bad_range);
+  CHECK(f.cpu.hits(va, access::read));
+  CHECK(f.mmu.move_slot(1, {1 << 20}) == errc::ok);
+  CHECK_FALSE(f.cpu.hits(va, access::read));
+  CHECK(f.mmu.page_count() == 0);
+  CHECK(f.mmu.verify() == nullptr);
+  CHECK(f.mmu.move_slot(1, {0}) == errc::ok);
+  CHECK(touch(f.cpu, va, access::read).at == f.now(page));
+  CHECK(f.mmu.remove_slot(1) == errc::ok);
+  CHECK(touch(f.cpu, va, access::read).result.what == outcome::not_mapped);
+  CHECK(f.mmu.verify() == nullptr);
+}
+
+TEST_CASE("the guest's use of a page shows as young until it is cleared") {
+  fixture f;
+  f.map(va, page, rwu | used);
+  const range r = f.bytes_of(page);
+  CHECK_FALSE(f.mmu.test_young(r));
+  REQUIRE(touch(f.cpu, va, access::read).result.what == outcome::done);
+  CHECK(f.mmu.test_young(r));
+  CHECK(f.mmu.test_young({0, UINTPTR_MAX}));
+  CHECK(f.mmu.clear_flush_young(r));
+  CHECK_FALSE(f.mmu.test_young(r));
+  CHECK(f.cpu.hits(va, access::read));  // still mapped, and used again
+  CHECK(f.mmu.test_young(r));
+  CHECK(f.mmu.clear_young(r));
+  CHECK_FALSE(f.mmu.clear_young(r));
+  CHECK(f.cpu.hits(va, access::read));
+  CHECK_FALSE(f.mmu.test_young(r));  // the TLB's entry says nothing: that was the form without a flush
+  f.cpu.flush_tlb();
+  CHECK(f.cpu.hits(va, access::read));
+  CHECK(f.mmu.test_young(r));
+  CHECK_FALSE(f.mmu.test_young(f.bytes_of({0x6000})));
+  CHECK(f.mmu.verify() == nullptr);
+}
+
+TEST_CASE("K6: release takes all mappings down and nothing else, and the owner can resume") {
+  fixture f;
+  REQUIRE(touch(f.cpu, va, access::write).result.what == outcome::done);
+  f.mmu.release();
+  CHECK(f.mmu.page_count() == 0);
+  CHECK_FALSE(f.cpu.hits(va, access::read));
+  CHECK(touch(f.cpu, va, access::read).result.what == outcome::released);
+  CHECK(f.mmu.verify() == nullptr);
+  CHECK(f.mmu.slots().lookup({0}).error == errc::ok);
+  f.mmu.resume();
+  CHECK(touch(f.cpu, va, access::write).at == f.now(page));
+  CHECK(f.mmu.verify() == nullptr);
+}
+
+TEST_CASE("K6: an MMU that is destroyed before its vCPUs is reported") {
+  scripted_host host;
+  alignas(mmu_type) static std::byte mmu_memory[sizeof(mmu_type)];
+  alignas(cpu_type) static std::byte cpu_memory[sizeof(cpu_type)];
+  auto* mmu = new (mmu_memory) mmu_type{host};
+  static_cast<void>(new (cpu_memory) cpu_type{*mmu});  // never destroyed: that would be the second mistake
+  reported.clear();
+  const auto before = set_contract_handler(&report);
+  mmu->~mmu_type();
+  set_contract_handler(before);
+  REQUIRE(reported.size() == 1);
+  CHECK(std::string(reported[0].rule) == "K6");
+}
+
+TEST_CASE("few shadow pages are enough, only slower") {
+  for (const std::size_t limit : {std::size_t{0}, std::size_t{7}, std::size_t{10}}) {
+    machine m;
+    x86::shadow_mmu<scripted_host> small(m.host, limit);
+    REQUIRE(small.add_slot({.id = 1, .base = {0}, .pages = machine::pages, .host = ram_base}) == errc::ok);
+    x86::vcpu cpu{small};
+    REQUIRE(cpu.set_cr3(m.root) == errc::ok);
+    for (std::uint64_t i = 0; i < 8; ++i) m.map(gva{i << 21}, {i * page_size});
+    for (int round = 0; round < 3; ++round) {
+      for (std::uint64_t i = 0; i < 8; ++i) {
+        CHECK(touch(cpu, gva{i << 21}, access::write).at == m.host.bytes(ram_base + i * page_size));
+        CHECK(small.verify() == nullptr);
+        CHECK(small.page_count() <= std::max<std::size_t>(limit, 5));
+      }
+    }
+  }
+}
+
+TEST_CASE("five-level guests are shadowed as well") {
+  machine m;
+  x86::shadow_mmu<scripted_host, x86::long_mode_5> mmu(m.host);
+  REQUIRE(mmu.add_slot({.id = 1, .base = {0}, .pages = machine::pages, .host = ram_base}) == errc::ok);
+  x86::vcpu cpu{mmu};
+  const gva high{0x00fedcba98765000};
+  const std::uint64_t top = m.new_table();
+  gpa table{top};
+  for (unsigned level = 5; level > 1; --level) {
+    const std::uint64_t next = m.new_table();
+    REQUIRE(m.write64(table + x86::long_mode_5::index(high, level) * 8, next | rwu) == errc::ok);
+    table = {next};
+  }
+  REQUIRE(m.write64(table + x86::long_mode_5::index(high, 1) * 8, page.value | rwu) == errc::ok);
+  REQUIRE(cpu.set_cr3(top) == errc::ok);
+  CHECK(touch(cpu, high + 5, access::write).at == m.host.bytes(machine::host_of(page + 5)));
+  CHECK(touch(cpu, {0x0100000000000000}, access::read).result.what == outcome::general_protection);
+  CHECK(mmu.verify() == nullptr);
+}
+
+// --- Against a reference that walks anew at each access. -----------------------------------------------------------
+
+namespace {
+struct raw_memory {
+  machine& m;
+  bool read_entry(gpa where, std::uint64_t& value) noexcept {
+    if (frame_of(where).value >= machine::pages) return false;
+    value = m.read64(where);
+    return true;
+  }
+};
+
+struct random_guest {
+  static constexpr std::uint64_t tables = 12;  ///< page tables at guest frames 32 to 43, roots at the first two
+  machine m;
+  cpu_type cpus[2]{cpu_type{m.mmu}, cpu_type{m.mmu}};
+  std::mt19937_64 random;
+  std::uint64_t done = 0, tracked = 0, faulted = 0, refused = 0;
+
+  explicit random_guest(std::uint64_t s) : random(s) {
+    for (auto& cpu : cpus) CHECK(cpu.set_cr3(32 * page_size) == errc::ok);
+    for (int i = 0; i < 60; ++i) write_entry();
+  }
+  std::uint64_t below(std::uint64_t n) { return random() % n; }
+  bool chance(unsigned percent) { return below(100) < percent; }
+  gva address() {
+    std::uint64_t a = 0;
+    for (unsigned l = 1; l <= 4; ++l) a |= below(3) << x86::long_mode_4::page_shift(l);
+    return {a | below(page_size)};
+  }
+  std::uint64_t random_entry() {
+    std::uint64_t e = (chance(70) ? 32 + below(tables) : below(machine::pages + 2)) << 12;
+    if (chance(90)) e |= pte::present;
+    if (chance(80)) e |= pte::writable;
+    if (chance(80)) e |= pte::user;
+    if (chance(40)) e |= pte::accessed;
+    if (chance(40)) e |= pte::dirty;
+    if (chance(10)) e |= pte::no_execute;
+    if (chance(8)) e = (e & ~pte::address) | pte::large;
+    return e;
+  }
+  void write_entry() {
+    CHECK(m.write64({(32 + below(tables)) * page_size + below(3) * 8}, random_entry()) == errc::ok);
+  }
+  void host_changes(std::uint64_t frame) {
+    const hva at = machine::host_of({frame * page_size});
+    m.start(x86::page_range(at));
+    m.host.migrate(at);
+    if (chance(20)) {
+      if (m.host.read_only.erase(at.value) == 0) m.host.read_only[at.value] = true;
+    }
+    m.end(x86::page_range(at));
+  }
+  void change_registers(cpu_type& cpu) {
+    switch (below(7)) {
+      case 0: CHECK(cpu.set_cr3((32 + below(2)) * page_size) == errc::ok); break;
+      case 1: cpu.set_wp(chance(50)); break;
+      case 2: cpu.set_smep(chance(50)); break;
+      case 3: cpu.set_smap(chance(50)); break;
+      case 4: cpu.set_nxe(chance(80)); break;
+      case 5: cpu.set_ac(chance(50)); break;
+      default: cpu.set_cpl(chance(50) ? 3 : 0); break;
+    }
+  }
+
+  void do_access(cpu_type& cpu) {
+    constexpr x86::access kinds[] = {access::read, access::write, access::fetch, access::implicit_read,
+                                access::implicit_write};
+    const gva a = address();
+    const x86::access how = kinds[below(5)];
+    if (chance(15)) m.host.during_pin = [&](hva, bool) { host_changes(below(machine::pages)); };
+    const seen s = touch(cpu, a, how);
+    m.host.during_pin = nullptr;
+    raw_memory raw{m};
+    const auto expected = x86::guest_walker<x86::long_mode_4>(cpu.registers()).translate(raw, a, how);
+    compare(s, expected, how);
+  }
+
+  void compare(const seen& s, const x86::walk_result& expected, x86::access how) {
+    switch (expected.status) {
+      case x86::walk_status::page_fault:
+        ++faulted;
+        REQUIRE(s.result == outcome{.what = outcome::page_fault, .code = expected.code});
+        return;
+      case x86::walk_status::memory_error:
+        REQUIRE(s.result == outcome{.what = outcome::not_mapped, .address = expected.entry(expected.end_level).where});
+        return;
+      case x86::walk_status::general_protection: FAIL("the addresses are canonical"); return;
+      case x86::walk_status::ok: break;
+    }
+    const hva at = machine::host_of(expected.address.page());
+    const bool there = frame_of(expected.address).value < machine::pages;
+    if (!there || (x86::is_write(how) && m.host.read_only.count(at.value) != 0)) {
+      ++refused;
+      REQUIRE(s.result == outcome{.what = outcome::not_mapped, .address = expected.address});
+      return;
+    }
+    if (s.result.what == outcome::write_tracked) {
+      ++tracked;
+      REQUIRE(x86::is_write(how));
+      REQUIRE(s.result.address == expected.address);
+      return;
+    }
+    ++done;
+    REQUIRE(s.result.what == outcome::done);
+    REQUIRE(s.at == m.host.bytes(machine::host_of(expected.address)));
+    for (unsigned level = expected.end_level; level <= 4; ++level) {
+      const x86::walked_entry& e = expected.entry(level);
+      if (m.host.read_only.count(machine::host_of(e.where.page()).value) != 0) continue;
+      REQUIRE((e.value & pte::accessed) != 0);
+      if (level == expected.end_level && x86::is_write(how)) REQUIRE((e.value & pte::dirty) != 0);
+    }
+  }
+
+  void step() {
+    cpu_type& cpu = cpus[below(2)];
+    const std::uint64_t dice = below(100);
+    if (dice < 70) return do_access(cpu);
+    if (dice < 82) {
+      m.host.read_only.clear();  // also without a bracket: rights that grow need none
+      return write_entry();
+    }
+    if (dice < 90) return host_changes(below(machine::pages));
+    if (dice < 96) return change_registers(cpu);
+    if (dice < 98) return static_cast<void>(m.mmu.clear_flush_young({0, UINTPTR_MAX}));
+    if (dice < 99) return cpu.invlpg(address());
+    CHECK(m.mmu.move_slot(1, {1 << 16}) == errc::ok);
+    CHECK(m.mmu.move_slot(1, {0}) == errc::ok);
+  }
+};
+}  // namespace
+
+TEST_CASE("every access has the outcome, the address and the traces of a walk made anew") {
+  std::uint64_t done = 0, tracked = 0, faulted = 0, refused = 0;
+  for (std::uint64_t round = 0; round < 12; ++round) {
+    random_guest g(seed() + round);
+    for (int i = 0; i < 2500; ++i) {
+      g.step();
+      if (i % 10 == 0) {
+        const char* broken = g.m.mmu.verify();
+        REQUIRE(std::string(broken != nullptr ? broken : "") == "");
+      }
+    }
+    CHECK(g.m.host.on_loan() == 0);
+    done += g.done;
+    tracked += g.tracked;
+    faulted += g.faulted;
+    refused += g.refused;
+  }
+  CHECK(done > 500);
+  CHECK(tracked > 10);
+  CHECK(faulted > 100);
+  CHECK(refused > 10);
+}
+
+// --- With the real notifier and a real primary. --------------------------------------------------------------------
+
+namespace {
+/// Gives others a chance to run a bracket between the look-up and the installation.
+struct slow_provider {
+  reference_mmu<>& primary;
+  frame_lease pin(hva a, bool write) noexcept {
+    const frame_lease lease = primary.pin(a, write);
+    std::this_thread::yield();
+    return lease;
+  }
+  void unpin(pfn f) noexcept { primary.unpin(f); }
+  std::byte* data(pfn f) noexcept { return primary.data(f); }
+};
+
+struct real_machine {
+  using primary_type = reference_mmu<>;
+  using real_mmu = x86::shadow_mmu<slow_provider>;
+  static constexpr std::uintptr_t base = 0x40000000;
+  static constexpr std::uint64_t pages = 48;
+
+  primary_type primary{256, 256};
+  slow_provider provider{primary};
+  real_mmu mmu{provider};
+  subscriber<real_mmu> node{mmu};
+
+  real_machine() {
+    CHECK(primary.map({base, base + pages * page_size}, protection::read_write) == errc::ok);
+    CHECK(mmu.add_slot({.id = 1, .base = {0}, .pages = pages, .host = {base}}) == errc::ok);
+    // One root at frame 0, tables at 1, 2, 3; frames 8 and on at `va` and on.
+    const std::uint64_t tables[] = {0, 1, 2, 3};
+    for (unsigned i = 0; i < 3; ++i) {
+      put(tables[i] * page_size + x86::long_mode_4::index(va, 4 - i) * 8, tables[i + 1] * page_size | rwu);
+    }
+    for (std::uint64_t i = 8; i < pages; ++i) point(i, i);
+    attach();
+  }
+  ~real_machine() {
+    if (node.registered()) CHECK(primary.space().unregister(node) == errc::ok);
+  }
+  void attach() {
+    auto held = primary.lock_tables();
+    CHECK(primary.space().register_subscriber(node, held) == errc::ok);
+  }
+  void put(std::uint64_t at, std::uint64_t value) {
+    CHECK(mmu.guest_write({at}, std::as_bytes(std::span<const std::uint64_t>(&value, 1))) == errc::ok);
+  }
+  static gva address(std::uint64_t i) { return va + i * page_size; }
+  /// The address of page i leads to that frame.
+  void point(std::uint64_t i, std::uint64_t frame) {
+    put(3 * page_size + x86::long_mode_4::index(address(i), 1) * 8, frame * page_size | rwu);
+  }
+};
+}  // namespace
+
+TEST_CASE("K6: unregistering tears down mappings only, by whoever it is done, and the MMU can be registered again") {
+  real_machine m;
+  x86::vcpu cpu{m.mmu};
+  REQUIRE(cpu.set_cr3(0) == errc::ok);
+  const auto write = [](std::byte* at) noexcept { *at = std::byte{42}; };
+  REQUIRE(cpu.access(m.address(8), access::write, write).what == outcome::done);
+  struct bystander {
+    void release() noexcept {}
+  } other;
+  subscriber<bystander> another{other};
+  {
+    auto held = m.primary.lock_tables();
+    REQUIRE(m.primary.space().register_subscriber(another, held) == errc::ok);
+  }
+  CHECK(m.primary.space().unregister(another) == errc::ok);
+  CHECK(cpu.hits(m.address(8), access::write));
+  CHECK(m.primary.space().unregister(m.node) == errc::ok);
+  CHECK_FALSE(cpu.hits(m.address(8), access::read));
+  CHECK(cpu.access(m.address(8), access::read, write).what == outcome::released);
+  m.attach();
+  m.mmu.resume();
+  std::byte found{};
+  CHECK(cpu.access(m.address(8), access::read, [&](std::byte* at) noexcept { found = *at; }).what == outcome::done);
+  CHECK(found == std::byte{42});
+  CHECK(m.primary.exit() == errc::ok);
+  CHECK(cpu.access(m.address(8), access::read, write).what == outcome::released);
+  CHECK(m.mmu.verify() == nullptr);
+}
+
+TEST_CASE("O1: no vCPU reads or writes a frame that its page has left, while everything happens at once") {
+  real_machine m;
+  constexpr int cpu_ops = 20000, primary_ops = 4000, slot_ops = 300;
+  std::atomic<unsigned> wrong{0}, odd{0};
+  const auto run_cpu = [&](std::uint64_t id) {
+    x86::vcpu cpu{m.mmu};
+    CHECK(cpu.set_cr3(0) == errc::ok);
+    std::mt19937_64 random(seed() + id);
+    std::array<std::uint64_t, real_machine::pages> expected{};
+    const std::uint64_t first = 8 + id * 16;      // frames of my own: first to first + 15; the last page is a window
+    std::uint64_t window_frame = first + 15;
+    for (int i = 0; i < cpu_ops; ++i) {
+      std::uint64_t at = first + random() % 16, frame = at;
+      if (random() % 16 == 0) m.point(first + 15, window_frame = first + random() % 16);
+      if (at == first + 15) frame = window_frame;
+      const bool write = random() % 2 == 0;
+      const gva a = m.address(at) + 8 * id;
+      bool was_wrong = false;
+      const outcome o = cpu.access(a, write ? access::write : access::read, [&](std::byte* byte) noexcept {
+        std::atomic_ref<std::uint64_t> word(*reinterpret_cast<std::uint64_t*>(byte));
+        was_wrong = word.load(std::memory_order_relaxed) != expected[frame];
+        if (write) word.store(expected[frame] + 1, std::memory_order_relaxed);
+      });
+      if (was_wrong) wrong.fetch_add(1);
+      if (o.what == outcome::done) {
+        expected[frame] += write ? 1 : 0;
+      } else if (!(write && o.what == outcome::not_mapped)) {  // protected just now
+        odd.fetch_add(1);
+      }
+    }
+  };
+  const auto run_primary = [&] {
+    std::mt19937_64 random(seed() + 77);
+    for (int i = 0; i < primary_ops; ++i) {
+      const std::uint64_t first = random() % real_machine::pages, n = 1 + random() % (real_machine::pages - first);
+      const range r{real_machine::base + first * page_size, real_machine::base + (first + n) * page_size};
+      switch (random() % 7) {
+        case 0: static_cast<void>(m.primary.swap_out(r)); break;
+        case 1: static_cast<void>(m.primary.migrate(r)); break;
+        case 2: static_cast<void>(m.primary.clear_flush_young(r)); break;
+        case 3: static_cast<void>(m.primary.clear_young(r)); break;
+        case 4: static_cast<void>(m.primary.test_young(r)); break;
+        case 5: {
+          const range data{real_machine::base + 8 * page_size, real_machine::base + 24 * page_size};
+          static_cast<void>(m.primary.protect(data, protection::read));
+          static_cast<void>(m.primary.protect(data, protection::read_write));
+          break;
+        }
+        default:
+          if (m.mmu.verify() != nullptr) odd.fetch_add(1);
+      }
+    }
+  };
+  std::vector<std::thread> all;
+  all.emplace_back(run_cpu, 0);
+  all.emplace_back(run_cpu, 1);
+  all.emplace_back(run_primary);
+  for (int i = 0; i < slot_ops; ++i) {
+    if (m.mmu.add_slot({.id = 2, .base = {1000}, .pages = 16, .host = {real_machine::base}}) != errc::ok) odd.fetch_add(1);
+    if (m.mmu.move_slot(2, {1008}) != errc::ok || m.mmu.remove_slot(2) != errc::ok) odd.fetch_add(1);
+  }
+  for (auto& t : all) t.join();
+  CHECK(wrong.load() == 0);
+  CHECK(odd.load() == 0);
+  CHECK(m.primary.statistics().stale_writes == 0);
+  CHECK(m.primary.verify() == nullptr);
+  CHECK(std::string(m.mmu.verify() != nullptr ? m.mmu.verify() : "") == "");
+  const auto s = m.mmu.statistics();
+  MESSAGE("faults ", s.faults, " retries ", s.retries, " zapped ", s.zapped, " flushes ", s.flushes);
+}

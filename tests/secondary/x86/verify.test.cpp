@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: MIT
+
+#include <mmunotify/secondary/x86/verify.hpp>
+
+#include <doctest/doctest.h>
+
+#include <string>
+
+#include "shadow_fixture.hpp"
+
+using namespace shadow_test;
+using x86::page_role;
+using x86::rights;
+using x86::shadow_entry;
+using x86::shadow_page;
+
+namespace {
+struct fixture {
+  x86::flush_gate gate;
+  x86::memslots slots{gate.domain()};
+  x86::mmu_counters counters;
+  x86::mmu_window window;
+  x86::shadow_tables tables{slots, gate, counters, 100};
+  x86::fault_stock stock;
+  shadow_page* upper;
+  shadow_page* lower;
+
+  fixture() {
+    CHECK(slots.add({.id = 1, .base = {0}, .pages = 64, .host = ram_base}, tables.lock()) == errc::ok);
+    REQUIRE(stock.fill() == errc::ok);
+    page_role r;
+    r.level = 2;
+    r.wp = true;
+    upper = &tables.get({40}, r, stock);
+    lower = &tables.get({41}, r.child(rights{rights::write_bit | rights::user_bit}, false), stock);
+    tables.link(*upper, 5, *lower, stock);
+    tables.map(*lower, 6, {1}, shadow_entry::leaf({77}, rights{rights::write_bit}, false), stock);
+    CHECK(found() == "");
+  }
+  std::string found() {
+    const char* broken = x86::table_check(tables, window).run(4);
+    return broken == nullptr ? "" : broken;
+  }
+  /// Effects: sets an entry behind everybody's back. Returns: what the check says; puts it back.
+  std::string with_entry(shadow_page& p, unsigned i, shadow_entry e) {
+    const shadow_entry was = p.exchange(i, e);
+    std::string s = found();
+    p.exchange(i, was);
+    CHECK(found() == "");
+    return s;
+  }
+};
+}  // namespace
+
+TEST_CASE("the self-check names a leaf that is gone, foreign, too permissive or misplaced") {
+  fixture f;
+  const shadow_entry leaf = f.lower->load(6);
+  CHECK(f.with_entry(*f.lower, 6, {}) == "a shadow page has lost count of its entries");
+  CHECK(f.with_entry(*f.lower, 6, leaf.without(shadow_entry::present_bit)) == "an entry that is not present has bits");
+  CHECK(f.with_entry(*f.lower, 7, leaf) == "a leaf is missing in the reverse mapping");
+  CHECK(f.with_entry(*f.lower, 6, shadow_entry::leaf({77}, rights{}, false)) ==
+        "a leaf grants more than the tables above it");
+  CHECK(f.with_entry(*f.upper, 7, leaf) == "a leaf is above the lowest level");
+  f.lower->leaf_frames[6] = 2;
+  CHECK(f.found() == "a leaf is missing in the reverse mapping");
+  f.lower->leaf_frames[6] = 99;
+  CHECK(f.found() == "a leaf maps a frame outside all slots");
+  f.lower->leaf_frames[6] = 1;
+  CHECK(f.found() == "");
+}
+
+TEST_CASE("the self-check names a link that only one side knows of, and one that leads to the wrong place") {
+  fixture f;
+  CHECK(f.with_entry(*f.upper, 6, shadow_entry::link(*f.lower)) == "a link is missing among its page's parents");
+  CHECK(f.with_entry(*f.lower, 7, shadow_entry::link(*f.lower)) == "a page of the lowest level has a link");
+  x86::stock<x86::rmap_node> nodes;
+  REQUIRE(nodes.fill(1) == errc::ok);
+  f.lower->parents.add({f.upper, 9}, nodes);
+  CHECK(f.found() == "a parent does not link its child");
+  CHECK(f.lower->parents.remove({f.upper, 9}, nodes));
+  const page_role role = f.lower->role;
+  f.lower->role.level = 3;
+  CHECK(f.found() != "");
+  f.lower->role = role;
+  CHECK(f.found() == "");
+}
+
+TEST_CASE("K1: the self-check names a leaf inside an open bracket, to the byte") {
+  fixture f;
+  const auto h = static_cast<std::uintptr_t>(ram_base.value);
+  f.window.start({h + 0x1fff, h + 0x2000});
+  CHECK(f.found() == "a leaf is inside an open bracket");
+  f.window.end({h + 0x1fff, h + 0x2000});
+  f.window.start({h + 0x2000, h + 0x3000});
+  CHECK(f.found() == "");
+  f.window.end({h + 0x2000, h + 0x3000});
+}
+
+TEST_CASE("the self-check names a writable mapping of a shadowed table, and a root that is none") {
+  fixture f;
+  f.tables.map(*f.lower, 8, {41}, shadow_entry::leaf({78}, rights{rights::write_bit}, false), f.stock);
+  CHECK(f.found() == "a shadowed guest table is mapped writable");
+  f.tables.map(*f.lower, 8, {41}, shadow_entry::leaf({78}, rights{0}, false), f.stock);
+  CHECK(f.found() == "a flush is due although the lock is free");
+  f.tables.commit();
+  CHECK(f.found() == "");
+  x86::vcpu_port port;
+  f.gate.attach_locked(port);
+  port.set_root(f.upper);
+  CHECK(f.found() == "a vCPU's root is not a top table");
+  const auto foreign = std::make_unique<shadow_page>();
+  port.set_root(foreign.get());
+  CHECK(f.found() == "a vCPU's root is no shadow page of this VM");
+  f.gate.detach_locked(port);
+  f.tables.set_released(true);
+  CHECK(f.found() == "a released MMU has shadow pages");
+}
