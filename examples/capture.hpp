@@ -22,6 +22,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -334,7 +335,7 @@ inline loaded<std::vector<std::uint8_t>> read_file(const std::string& path) {
   loaded<std::vector<std::uint8_t>> result;
   const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file{std::fopen(path.c_str(), "rb"), &std::fclose};
   if (file == nullptr) {
-    result.error = path + ": it cannot be opened: " + std::strerror(errno);
+    result.error = path + ": it cannot be opened: " + std::generic_category().message(errno);
     return result;
   }
   std::array<std::uint8_t, 1U << 16> chunk;
@@ -345,7 +346,8 @@ inline loaded<std::vector<std::uint8_t>> read_file(const std::string& path) {
       return result;
     }
   }
-  if (std::ferror(file.get()) != 0) result.error = path + ": it cannot be read: " + std::strerror(errno);
+  if (std::ferror(file.get()) != 0)
+    result.error = path + ": it cannot be read: " + std::generic_category().message(errno);
   return result;
 }
 

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT
 
-// x86_check FILE...: does the library's page walker see in captured page tables what the processor saw?
+// x86_check FILE...: does the library see in captured page tables what the processor saw?
 //
-// Reads captures (formats: tests/data/README.md; the kind is found by the first bytes), asks the walker what each one
-// answers, and prints one line per file, with the first mismatches in full.
+// Reads captures (formats: tests/data/README.md; the kind is found by the first bytes), asks the page walker what each
+// one answers, for the tables of a Linux guest the shadow MMU as well, and prints one line per file, with the first
+// mismatches in full.
 // Exit status: 0 all agree, 1 something does not, 2 a file cannot be read or is of a mode without a walker.
 
 #include <cstdio>
@@ -15,14 +16,23 @@
 #include "capture.hpp"
 #include "capture_access.hpp"
 #include "capture_replay.hpp"
+#include "shadow_translator.hpp"
 
 namespace {
 
 enum verdict : int { agrees = 0, differs = 1, unusable = 2 };
 
+/// Linux's tables twice: by the walker, and through the shadow MMU.
 template <class Mode>
 void check(const capture::linux_tables& t, std::type_identity<Mode>, capture::report& out) {
   capture::check_linux_capture(t, capture::walker_translator<Mode>{t}, out);
+  capture::shadow_translator<Mode> shadow{t};
+  if (!shadow) return out.mismatch("the shadow MMU cannot be set up for this guest");
+  capture::report shadowed;
+  capture::check_linux_capture(t, shadow, shadowed);
+  if (const char* broken = shadow.verify(); broken != nullptr) shadowed.mismatch("broken: %s", broken);
+  out.mismatches += shadowed.mismatches;
+  for (const std::string& line : shadowed.first) out.first.push_back("shadow MMU: " + line);
 }
 template <class Mode>
 void check(const capture::kvm_translations& k, std::type_identity<Mode> mode, capture::report& out) {
@@ -70,9 +80,10 @@ verdict check_file(const char* path) {
 constexpr const char usage[] =
     "usage: x86_check FILE...\n"
     "\n"
-    "Walks captured x86 page tables with the library's page walker and compares the results with what the processor\n"
-    "answered. FILE is a capture of a Linux guest's tables, of KVM_TRANSLATE, a block of the access matrix or a file\n"
-    "of random accesses, as in tests/data/x86 (formats: tests/data/README.md); modes: 4 and 5 levels.\n"
+    "Walks captured x86 page tables with the library's page walker, and those of Linux guests through its shadow MMU\n"
+    "too, and compares the results with what the processor answered. FILE is a capture of a Linux guest's tables, of\n"
+    "KVM_TRANSLATE, a block of the access matrix or a file of random accesses, as in tests/data/x86 (formats:\n"
+    "tests/data/README.md); modes: 4 and 5 levels.\n"
     "\n"
     "Exit status: 0 everything agrees, 1 there are mismatches, 2 a file cannot be used (the others still are).\n";
 

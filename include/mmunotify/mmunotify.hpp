@@ -11,3 +11,19 @@
 #include <mmunotify/base/invalidation.hpp>
 #include <mmunotify/base/range.hpp>
 #include <mmunotify/base/result.hpp>
+
+#include <mmunotify/sync/lockfree_hlist.hpp>
+#include <mmunotify/sync/srcu_domain.hpp>
+
+#include <mmunotify/observe/observe.hpp>
+
+#include <mmunotify/notifier/address_space.hpp>
+#include <mmunotify/notifier/disabled.hpp>
+#include <mmunotify/notifier/invalidation_window.hpp>
+#include <mmunotify/notifier/subscription.hpp>
+
+#include <mmunotify/primary/reference_mmu.hpp>
+
+#include <mmunotify/secondary/x86/guest_walker.hpp>
+#include <mmunotify/secondary/x86/shadow_mmu.hpp>
+#include <mmunotify/secondary/x86/vcpu.hpp>

@@ -111,14 +111,14 @@ TEST_CASE("two threads that make the same nodes at once get the same entry") {
     const auto reach = [&](int me) {
       ready.fetch_add(1, std::memory_order_relaxed);
       while (ready.load(std::memory_order_relaxed) != 2) std::this_thread::yield();
-    } found[me] = table.reach(0x1234'5000);
-  };
-  std::thread other([&] { reach(1); });
-  reach(0);
-  other.join();
-  REQUIRE(found[0] == found[1]);
-  REQUIRE(table.nodes() == 4);
-}
+      found[me] = table.reach(0x1234'5000);
+    };
+    std::thread other([&] { reach(1); });
+    reach(0);
+    other.join();
+    REQUIRE(found[0] == found[1]);
+    REQUIRE(table.nodes() == 4);
+  }
 }
 
 TEST_CASE("threads that reach for the same entries get the same ones, and their locks exclude each other") {

@@ -132,7 +132,7 @@ TEST_CASE("L1: a node or list that is destroyed while linked is reported") {
   CHECK(recorder.rules() == std::vector<std::string>{"L1", "L1"});
 }
 
-TEST_CASE("many writers, re-insertion and walkers: nothing lost, nothing seen after its grace period") {
+TEST_CASE("S2: many writers, re-insertion and walkers: nothing lost, nothing seen after its grace period") {
   constexpr std::size_t writers = 3;
   constexpr std::size_t per_writer = 4;
   constexpr int rounds = 300;

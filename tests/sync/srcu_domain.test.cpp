@@ -114,6 +114,35 @@ TEST_CASE_TEMPLATE("S1: an object retired after a grace period is never seen by 
   CHECK(domain.grace_periods() == rounds);
 }
 
+TEST_CASE_TEMPLATE("S2: a reader finds what was published initialised, with reuse after every grace period", Platform,
+                   linux_platform, no_membarrier) {
+  struct object {
+    std::uint64_t number = 0;
+    std::uint64_t square = 0;
+  };
+  basic_srcu_domain<Platform> domain;
+  std::array<object, 2> pool;  // reused at once: a reader that is late would see halves
+  std::atomic<const object*> current{&pool[0]};
+  std::atomic<bool> stop{false};
+  std::atomic<int> torn{0};
+  std::thread reader([&] {
+    while (!stop.load(std::memory_order_relaxed)) {
+      const basic_read_section s(domain);
+      const object* o = current.load(std::memory_order_acquire);
+      if (o->square != o->number * o->number) torn.fetch_add(1);
+    }
+  });
+  for (std::uint64_t i = 1; i <= 3000; ++i) {
+    object& next = pool[i % 2];
+    next = {i, i * i};
+    current.store(&next, std::memory_order_release);
+    domain.synchronize();
+  }
+  stop.store(true, std::memory_order_relaxed);
+  reader.join();
+  CHECK(torn.load() == 0);
+}
+
 TEST_CASE_TEMPLATE("S5: grace periods end although new readers keep coming, and none is lost asleep", Platform,
                    linux_platform, no_membarrier) {
   basic_srcu_domain<Platform> domain;

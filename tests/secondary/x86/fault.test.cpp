@@ -20,7 +20,7 @@ struct fixture : machine {
   /// The script runs when the page is pinned for the `n`th time from now.
   void when_pinned(gpa page, std::function<void()> script, int n = 1) {
     host.keep = true;
-    host.during_pin = [this, page, script, n, seen = 0](hva a, bool) mutable {
+    host.during_pin = [page, script, n, seen = 0](hva a, bool) mutable {
       if (a == host_of(page) && ++seen == n) script();
     };
   }
@@ -48,8 +48,8 @@ TEST_CASE("K1: an entry is installed only if no overlapping bracket ran since be
 TEST_CASE("K1: an entry is installed only if no overlapping bracket is open, and one byte of overlap is enough") {
   fixture f;
   const auto page = x86::page_range(f.host_of(data_page));
-  for (const range r : {page, range{page.first - 4096, page.first + 1}, range{page.last - 1, page.last + 5},
-                        range{0, UINTPTR_MAX}}) {
+  for (const range r :
+       {page, range{page.first - 4096, page.first + 1}, range{page.last - 1, page.last + 5}, range{0, UINTPTR_MAX}}) {
     f.when_pinned(data_page, [&] { f.start(r); });
     CHECK(f.cpu.prefault(va, access::read).what == outcome::again);
     f.host.during_pin = nullptr;
@@ -61,6 +61,48 @@ TEST_CASE("K1: an entry is installed only if no overlapping bracket is open, and
     f.end(page);
   }
   f.check();
+}
+
+TEST_CASE("K1: a bracket that runs while the fault waits for the MMU lock is seen under the lock") {
+  scripted_host host;
+  for (std::uint64_t i = 0; i < 8; ++i) host.place(ram_base + i * page_size);
+  x86::flush_gate gate;
+  x86::memslots slots{gate.domain()};
+  x86::mmu_counters counters;
+  x86::mmu_window window;
+  x86::shadow_tables tables{slots, gate, counters, 100};
+  x86::fault_path<scripted_host, x86::long_mode_4> faults({host, slots, window, tables.lock()}, tables, counters);
+  REQUIRE(slots.add({.id = 1, .base = {0}, .pages = 8, .host = ram_base}, tables.lock()) == errc::ok);
+  for (std::uint64_t level = 4; level > 0; --level) {  // tables at frames 4 to 1; the page is frame 5
+    const std::uint64_t entry = (level == 1 ? 5 : level - 1) * page_size | rwu | used;
+    REQUIRE(faults.guest_write({level * page_size}, std::as_bytes(std::span(&entry, 1))) == errc::ok);
+  }
+  x86::vcpu_state cpu;
+  cpu.context.cr3 = 4 * page_size;
+  const hva page = ram_base + 5 * page_size;
+  for (int round = 0; round < 50; ++round) {
+    std::atomic<bool> go{false}, locked{false};
+    std::thread primary([&] {
+      while (!go.load()) std::this_thread::yield();
+      const std::lock_guard held{tables.lock()};
+      locked.store(true);
+      for (int i = 0; i < 50; ++i) std::this_thread::yield();  // the fault goes on to the lock, mostly
+      window.start(x86::page_range(page));
+      host.migrate(page);
+      window.end(x86::page_range(page));
+    });
+    host.keep = true;
+    host.during_pin = [&](hva a, bool) {
+      if (a != page) return;
+      go.store(true);
+      while (!locked.load()) std::this_thread::yield();
+    };
+    CHECK(faults.fault(cpu, {0}, access::read).what == outcome::again);  // by the hint or under the lock
+    primary.join();
+    host.during_pin = nullptr;
+  }
+  CHECK(counters.read().installs == 0);
+  CHECK(faults.fault(cpu, {0}, access::read).what == outcome::done);
 }
 
 TEST_CASE("C9: a bracket elsewhere makes no fault retry, open or finished") {
@@ -81,8 +123,11 @@ TEST_CASE("K1: a bracket over a guest table that the walk has read makes the fau
     fixture f;
     const gpa table = f.entry_at(va, level, f.root).page();
     f.when_pinned(data_page, [&] {
+      auto& old = f.host.frames.at(f.host.at(f.host_of(table)).value)->bytes;
+      const auto contents = old;
       f.migrate(table);
-      if (level == 1) {  // the new page says something else
+      old = contents;    // read again there, the entries are as they were
+      if (level == 1) {  // and the new page says something else
         *reinterpret_cast<std::uint64_t*>(f.now(f.leaf)) = 0x6000 | rwu;
       }
     });
@@ -252,7 +297,6 @@ TEST_CASE("what the host refuses comes back as the outcome, and leaves nothing b
   CHECK(f.cpu.prefault(va, access::read) == outcome{.what = outcome::not_mapped, .address = f.leaf});
   f.host.refuses.clear();
   CHECK(f.write64(f.leaf, (machine::pages << 12) | rwu) == errc::ok);  // outside all slots
-  CHECK(f.cpu.prefault(va, access::read) ==
-        outcome{.what = outcome::not_mapped, .address = {machine::pages << 12}});
+  CHECK(f.cpu.prefault(va, access::read) == outcome{.what = outcome::not_mapped, .address = {machine::pages << 12}});
   f.check();
 }

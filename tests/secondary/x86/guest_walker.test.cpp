@@ -349,7 +349,7 @@ TEST_CASE("memory that fails is an outcome of its own and names the entry") {
     auto r = walk(t, x86::access::read);
     CHECK(r.status == walk_status::memory_error);
     CHECK(r.end_level == level);
-    CHECK(r.entry(level).where == gpa{level * 0x1000 + 8 * x86::long_mode_4::index(target, level)});
+    CHECK(r.entry(level).where == gpa{std::uint64_t{level} * 0x1000 + 8 * x86::long_mode_4::index(target, level)});
     CHECK(t.exchanges == 0);
 
     tables u;

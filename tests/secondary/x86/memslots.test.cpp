@@ -27,9 +27,8 @@ struct fixture {
   auto runs(range r) {
     std::vector<std::tuple<unsigned, std::uint64_t, std::uint64_t>> found;
     const read_section reading{domain};
-    slots.current().for_each_in(r, [&](memslot& s, gfn first, gfn last) {
-      found.emplace_back(s.config().id, first.value, last.value);
-    });
+    slots.current().for_each_in(
+        r, [&](memslot& s, gfn first, gfn last) { found.emplace_back(s.config().id, first.value, last.value); });
     return found;
   }
 };
@@ -109,7 +108,7 @@ TEST_CASE("S1: a reader keeps the snapshot that it found while slots come and go
   fixture f;
   REQUIRE(f.slots.add({.id = 1, .base = {0}, .pages = 8, .host = host}, f.lock) == errc::ok);
   std::atomic<bool> stop{false};
-  std::atomic<unsigned> wrong{0};
+  std::atomic<unsigned> wrong{0}, rounds{0};
   std::thread reader([&] {
     while (!stop.load(std::memory_order_relaxed)) {
       const read_section reading{f.domain};
@@ -118,11 +117,14 @@ TEST_CASE("S1: a reader keeps the snapshot that it found while slots come and go
       for (std::uint64_t g = 0; g < 24; ++g) {
         const memslot* s = now.find({g});
         if (s != nullptr && !s->config().contains({g})) wrong.fetch_add(1, std::memory_order_relaxed);
+        if (g % 8 == 7) std::this_thread::yield();
       }
       if (now.generation() != generation || now.slots().empty()) wrong.fetch_add(1, std::memory_order_relaxed);
+      rounds.fetch_add(1, std::memory_order_relaxed);
     }
   });
   for (int i = 0; i < 300; ++i) {
+    for (const unsigned seen = rounds.load(); rounds.load() == seen;) std::this_thread::yield();
     REQUIRE(f.slots.add({.id = 2, .base = {8}, .pages = 8, .host = host}, f.lock) == errc::ok);
     REQUIRE(f.slots.move(2, {16}, f.lock, nothing) == errc::ok);
     REQUIRE(f.slots.remove(2, f.lock, nothing) == errc::ok);

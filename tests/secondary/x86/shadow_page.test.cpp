@@ -53,7 +53,7 @@ TEST_CASE("pages of one frame and different roles are different pages, and only 
   table.level = 2;
   page_role other = table;
   other.access = rights{rights::write_bit};
-  page_role direct = table.child(rights{}, true);
+  page_role direct = table.part_below(rights{}, true);
   CHECK(direct.level == 1);
   const auto make = [](gfn f, const page_role& r) {
     auto p = std::make_unique<x86::shadow_page>();

@@ -155,6 +155,27 @@ TEST_CASE("SMAP holds also for a page that CR0.WP=0 made a supervisor's in the s
   CHECK(f.does(access::read) == outcome::done);
 }
 
+TEST_CASE("two large leaves of one frame keep their own dirty bits and their own U, also with CR0.WP=0") {
+  fixture f(1024);
+  const gva first{0x40000000}, second{0x80000000}, third{0xc0000000};
+  f.map(first, {0}, pte::present | pte::user, 2);
+  const gpa other = f.map(second, {0}, pte::present | pte::user, 2);
+  f.map(third, {0}, rw | used, 2);  // the supervisor's, and writable anyhow
+  f.cpu.set_wp(false);
+  f.cpu.set_smap(true);
+  f.cpu.set_ac(true);
+  CHECK(f.does(access::read, second) == outcome::done);
+  CHECK(f.does(access::write, first) == outcome::done);
+  CHECK(f.does(access::write, third) == outcome::done);
+  CHECK_FALSE(f.cpu.hits(second, access::write));
+  CHECK(f.does(access::write, second) == outcome::done);
+  CHECK((f.read64(other) & used) == used);
+  f.cpu.set_ac(false);
+  CHECK(f.fault_bits(access::read, first) == fault_code::present);
+  CHECK(f.does(access::read, third) == outcome::done);
+  CHECK(f.mmu.verify() == nullptr);
+}
+
 TEST_CASE("large guest pages are split, and get write access at the first write to any part of them") {
   fixture f(1024);
   const gpa leaf = f.map({0x40000000}, {0}, rwu, 2);
@@ -246,8 +267,58 @@ TEST_CASE("a vCPU whose root was taken away finds a new one") {
   fixture f;
   f.map(va, page);
   CHECK(f.does(access::read) == outcome::done);
-  for (std::uint64_t i = 0; i <= x86::shadow_tables::write_flood; ++i) CHECK(f.write64({f.root + 8 * i + 2048}, 0) == errc::ok);
+  for (std::uint64_t i = 0; i <= x86::shadow_tables::write_flood; ++i)
+    CHECK(f.write64({f.root + 8 * i + 2048}, 0) == errc::ok);
   CHECK_FALSE(f.cpu.hits(va, access::read));
   CHECK(f.mmu.verify() == nullptr);
   CHECK(f.does(access::read) == outcome::done);
+}
+
+namespace {
+/// An MMU whose tables the test makes: what a vCPU does with them by itself.
+struct bare_mmu {
+  using provider_type = scripted_host;
+  using mode = x86::long_mode_4;
+  scripted_host host;
+  x86::flush_gate flush;
+  std::mutex mutex;
+  std::array<std::unique_ptr<x86::shadow_page>, 4> tables;  ///< [level-1], each linked by entry 0 of the one above
+  int faults = 0;
+
+  bare_mmu() {
+    for (auto& t : tables) t = std::make_unique<x86::shadow_page>();
+    for (std::size_t i = 1; i < 4; ++i) tables[i]->exchange(0, x86::shadow_entry::link(*tables[i - 1]));
+  }
+  scripted_host& provider() noexcept { return host; }
+  x86::flush_gate& gate() noexcept { return flush; }
+  std::mutex& lock() noexcept { return mutex; }
+  outcome fault(x86::vcpu_state& v, gva, x86::access) noexcept {
+    if (++faults > 1) return {.what = outcome::page_fault};
+    v.port.set_root(tables[3].get());
+    return {};
+  }
+};
+}  // namespace
+
+TEST_CASE("the shadow walk sets accessed bits, and dirty bits at the first write only, as hardware does") {
+  using x86::shadow_entry;
+  bare_mmu mmu;
+  const pfn frame = mmu.host.place(ram_base);
+  const auto leaf = shadow_entry::leaf(frame, x86::rights{}, true);
+  mmu.tables[0]->exchange(7, leaf);
+  x86::vcpu cpu{mmu};
+  const gva a{7 * page_size};
+  CHECK(touch(cpu, a + 5, access::read).at == mmu.host.data(frame) + 5);
+  CHECK(mmu.tables[0]->load(7) == leaf.with(shadow_entry::accessed_bit));
+  CHECK(cpu.hits(a, access::fetch));
+  CHECK(mmu.tables[0]->load(7) == leaf.with(shadow_entry::accessed_bit));
+  CHECK(cpu.hits(a, access::write));  // although the TLB has the page
+  CHECK(mmu.tables[0]->load(7) == leaf.with(shadow_entry::accessed_bit | shadow_entry::dirty_bit));
+  CHECK(mmu.faults == 1);
+  CHECK(touch(cpu, a + page_size, access::read).result.what == outcome::page_fault);
+  cpu.flush_tlb();
+  mmu.tables[0]->exchange(7, shadow_entry::leaf(frame, x86::rights{0}, false));
+  CHECK_FALSE(cpu.hits(a, access::write));
+  CHECK(cpu.hits(a, access::read));
+  CHECK_FALSE(mmu.tables[0]->load(7).dirty());
 }

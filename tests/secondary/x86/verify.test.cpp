@@ -32,7 +32,7 @@ struct fixture {
     r.level = 2;
     r.wp = true;
     upper = &tables.get({40}, r, stock);
-    lower = &tables.get({41}, r.child(rights{rights::write_bit | rights::user_bit}, false), stock);
+    lower = &tables.get({41}, r.table_below(rights{rights::write_bit | rights::user_bit}), stock);
     tables.link(*upper, 5, *lower, stock);
     tables.map(*lower, 6, {1}, shadow_entry::leaf({77}, rights{rights::write_bit}, false), stock);
     CHECK(found() == "");

@@ -13,7 +13,8 @@
 //                               again after its table was write-protected, level by level while linking
 //    6 install, reverse-map, unlock, unpin: from here the notifier alone protects the mapping
 // A collision undoes nothing, since nothing was done but linking tables that are right for themselves: the outcome is
-// `again`. Steps 2 and 3 may block on the primary and take its locks; 4 to 6 call nobody (K5).
+// `again`. Steps 2 and 3 may block on the primary and take its locks; 4 to 6 call nobody (K5). A guest write is done in
+// the same order, and nothing is guessed from what it writes: the next fault reads it.
 //
 // Rights of the leaf: those of the guest's walk; not writable while the guest's dirty bit is clear (so that the first
 // write comes here), if the host lent the frame read-only, or if the frame is a shadowed table. Where CR0.WP=0 lets the
@@ -42,8 +43,10 @@ namespace x86 {
 
 /// Modes that can be shadowed: 512 entries of 8 bytes in every table, as the shadow tables have.
 template <class M>
-concept shadowed_mode = paging_mode<M> && std::same_as<typename M::entry_type, std::uint64_t> &&
-                        (M::levels == 4 || M::levels == 5);
+concept shadowed_mode =
+    paging_mode<M> && std::same_as<typename M::entry_type, std::uint64_t> && (M::levels == 4 || M::levels == 5);
+
+static_assert(shadowed_mode<long_mode_4> && shadowed_mode<long_mode_5>);
 
 /// What the fault path knows of a vCPU. Context: its owner thread, but for the port.
 struct vcpu_state {
@@ -154,9 +157,9 @@ class fault_path {
       if (level == 1) break;
       const gfn below = direct ? first_frame(walk.address, level - 1)
                                : frame_of(Mode::table(static_cast<std::uint64_t>(walk.entry(level).value)));
-      const rights granted =
-          direct ? direct_rights(walk, how) : guest_walker<Mode>::rights_above(walk, level - 1);
-      shadow_page& child = tables_.get(below, p->role.child(granted, direct), v.stock);
+      const page_role role = direct ? p->role.part_below(leaf_rights(v.context, how, walk), walk.granted.user())
+                                    : p->role.table_below(guest_walker<Mode>::rights_above(walk, level - 1));
+      shadow_page& child = tables_.get(below, role, v.stock);
       tables_.link(*p, static_cast<unsigned>(Mode::index(a, level)), child, v.stock);
       p = &child;
     }
@@ -179,23 +182,23 @@ class fault_path {
     return r;
   }
 
-  /// A large leaf's rights until its dirty bit is set; the write that sets it gets pages of another role.
-  static constexpr rights direct_rights(const walk_result& walk, access how) noexcept {
+  /// What the leaf may grant as far as the guest is concerned. Before its dirty bit is set: no writing.
+  static constexpr rights leaf_rights(const walk_context& c, access how, const walk_result& walk) noexcept {
+    if (is_write(how) && !walk.granted.writable()) {  // CR0.WP=0, by the supervisor
+      const bool no_fetch = c.smep && walk.granted.user();
+      return changed(walk.granted, rights::write_bit,
+                     static_cast<std::uint8_t>(rights::user_bit | (no_fetch ? rights::execute_bit : 0)));
+    }
     const bool dirty = walk.dirty() || is_write(how);  // a walk for writing has set it, or the table is ROM
     return changed(walk.granted, 0, dirty ? 0 : rights::write_bit);
   }
 
   static shadow_entry leaf_for(const walk_context& c, access how, const walk_result& walk,
                                const pinned_frame<Provider>& page, bool tracked) noexcept {
-    const bool guest_user = walk.granted.user();
-    rights r = direct_rights(walk, how);
-    if (is_write(how) && !r.writable()) {  // CR0.WP=0, by the supervisor
-      const std::uint8_t no_fetch = c.smep && guest_user ? rights::execute_bit : 0;
-      r = changed(r, rights::write_bit, static_cast<std::uint8_t>(rights::user_bit | no_fetch));
-    }
-    if (tracked || page.at().read_only || !page.lease().writable) r = changed(r, 0, rights::write_bit);
+    const bool read_only = tracked || page.at().read_only || !page.lease().writable;
+    const rights r = changed(leaf_rights(c, how, walk), 0, read_only ? rights::write_bit : 0);
     const std::uint64_t used = shadow_entry::accessed_bit | (is_write(how) ? shadow_entry::dirty_bit : 0);
-    return shadow_entry::leaf(page.lease().frame, r, guest_user).with(used);
+    return shadow_entry::leaf(page.lease().frame, r, walk.granted.user()).with(used);
   }
 
   errc write_in_page(gpa where, std::span<const std::byte> bytes) noexcept {

@@ -138,8 +138,8 @@ struct walk_result {
   bool unmarked = false;        ///< accessed or dirty bits are missing that this access would set: translate, or ROM
   fault_code code{};            ///< page_fault only
   gpa address{};                ///< the translation of the very address; ok only
-  /// The entries, [level-1]; zero below end_level and above the root. A walk writes every element exactly once, so they
-  /// have no initialisers: that would cost a third of a walk.
+  /// The entries, [level-1]; zero below end_level and above the root. A walk writes every element, so they have no
+  /// initialisers: to zero them first costs a fifth of a walk (gcc 12, AMD EPYC). walk_result{} is all zeros.
   std::array<std::uint64_t, 5> entry_addresses;
   std::array<std::uint64_t, 5> entry_values;
 

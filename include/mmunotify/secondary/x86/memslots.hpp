@@ -12,8 +12,8 @@
 // virtual* address, so `end` closes what `start` opened without looking at a slot. A slot that appears between the two
 // is covered as well: a fault checks the host page of its own slot against the open ranges.
 //
-// Removing or moving a slot zaps its mappings and publishes the new snapshot under one hold of the MMU lock, so no fault
-// can install through a slot that is going: faults look their slots up again under that lock.
+// Removing or moving a slot zaps its mappings and publishes the new snapshot under one hold of the MMU lock. So no
+// fault can install through a slot that is going: faults look their slots up again under that lock.
 //
 // Lock order: the writers' mutex, then the MMU lock. Never in a callback, never inside a read section of the domain.
 // Cost: lookup by frame is a binary search, by host range a scan of the slots; an update copies the list of slots.
@@ -39,11 +39,11 @@ namespace x86 {
 
 /// What a user says about a slot.
 struct memslot_config {
-  unsigned id = 0;           ///< the user's name for it
-  gfn base{};                ///< the first guest frame
-  std::uint64_t pages = 0;   ///< 4 KiB pages
-  hva host{};                ///< the first host byte, aligned to pages
-  bool read_only = false;    ///< guest writes are not mapped; they are reported to the caller
+  unsigned id = 0;          ///< the user's name for it
+  gfn base{};               ///< the first guest frame
+  std::uint64_t pages = 0;  ///< 4 KiB pages
+  hva host{};               ///< the first host byte, aligned to pages
+  bool read_only = false;   ///< guest writes are not mapped; they are reported to the caller
 
   friend constexpr bool operator==(const memslot_config&, const memslot_config&) = default;
 
@@ -65,8 +65,7 @@ class memslot {
 
  private:
   friend class memslots;
-  explicit memslot(const memslot_config& c) noexcept
-      : config_(c), mappings_(new (std::nothrow) entry_list[c.pages]) {}
+  explicit memslot(const memslot_config& c) noexcept : config_(c), mappings_(new(std::nothrow) entry_list[c.pages]) {}
 
   memslot_config config_;
   std::unique_ptr<entry_list[]> mappings_;
@@ -82,8 +81,8 @@ class memslot_snapshot {
   /// Returns: the slot that holds the frame, or nullptr.
   memslot* find(gfn f) const noexcept {
     const auto all = slots();
-    const auto after = std::upper_bound(all.begin(), all.end(), f,
-                                        [](gfn x, const memslot* s) { return x < s->config().base; });
+    const auto after =
+        std::upper_bound(all.begin(), all.end(), f, [](gfn x, const memslot* s) { return x < s->config().base; });
     if (after == all.begin()) return nullptr;
     memslot* const s = *std::prev(after);
     return s->config().contains(f) ? s : nullptr;

@@ -23,14 +23,14 @@
 //       destroys it, and can be registered and resume()d again.
 //
 // Locks, outermost first: the primary's own (callbacks run under it); the slots' writers; the MMU lock; the domain's
-// grace-period mutex. Guest-mode sections are inside no lock and take none. The VM's domain is its own: grace periods of
-// the notifier and flushes of the VM never wait for each other's readers. slots' writers are not taken by callbacks.
+// grace-period mutex. Callbacks take the MMU lock alone. Guest-mode sections are inside no lock and take none. The VM's
+// domain is its own: grace periods of the notifier and flushes of the VM never wait for each other's readers.
 //
 // Register the MMU before the first vCPU runs: mappings made by an unregistered MMU are protected by nobody.
 //
-// Limits: 4 KiB shadow leaves (larger guest leaves are split); no unsync tables (each guest write to a shadowed table is
-// the caller's to emulate); guest tables that the host itself changes behind the MMU's back are not noticed until their
-// shadow goes, as on KVM; a fault that collides again and again has no ticket.
+// Limits: 4 KiB shadow leaves (larger guest leaves are split); no unsync tables (each guest write to a shadowed table
+// is the caller's to emulate); guest tables that the host itself changes behind the MMU's back are not noticed until
+// their shadow goes, as on KVM; a fault that collides again and again has no ticket.
 //
 // References: Linux virt/kvm/kvm_main.c, arch/x86/kvm/mmu (the same problem); Intel SDM vol. 3, 4.10 (TLBs).
 
@@ -101,7 +101,7 @@ class shadow_mmu {
   /// that it hits are gone when it returns. Errors, context: see fault_path::guest_write.
   errc guest_write(gpa where, std::span<const std::byte> bytes) noexcept { return faults_.guest_write(where, bytes); }
 
-  // --- Hooks: for the notifier. Context: under the primary's locks; they take the MMU lock, and may sleep in a flush. --
+  // --- Hooks: for the notifier. Context: under the primary's locks. They take the MMU lock, and sleep in a flush. ----
 
   /// Effects: no mapping of the range is usable when it returns, and none becomes so before the end. (K3, O1)
   /// Preconditions: not called in guest mode by the vCPU's own thread (it would wait for itself; L7 is reported).

@@ -73,9 +73,7 @@ class shadow_entry {
   constexpr bool accessed() const noexcept { return (bits_ & accessed_bit) != 0; }
   constexpr bool dirty() const noexcept { return (bits_ & dirty_bit) != 0; }
   constexpr bool guest_user() const noexcept { return (bits_ & guest_user_bit) != 0; }
-  constexpr rights allows() const noexcept {
-    return rights_in(long_mode_4::grants(bits_, 1));
-  }
+  constexpr rights allows() const noexcept { return rights_in(long_mode_4::grants(bits_, 1)); }
   /// Precondition: a leaf.
   constexpr pfn frame() const noexcept { return {(bits_ & ~no_execute_bit) >> page_shift}; }
   /// Precondition: a link.
@@ -96,7 +94,8 @@ struct page_role {
   std::uint8_t level = 1;     ///< 1: its entries are 4 KiB leaves
   std::uint8_t quadrant = 0;  ///< which part of a table with 4-byte entries; 0, those are not shadowed yet
   bool direct = false;        ///< part of a large guest leaf: no guest table stands behind it
-  rights access{};            ///< what the levels above grant; for a direct page, the leaf's own rights
+  rights access{};            ///< what the levels above grant; for a direct page, the rights of all its leaves
+  bool guest_user = false;    ///< of a direct page: U in the guest, which `access` may lack where CR0.WP=0
   bool wp = false;            ///< CR0.WP
   bool nxe = false;           ///< EFER.NXE
   bool smep = false;          ///< CR4.SMEP
@@ -104,12 +103,19 @@ struct page_role {
 
   friend constexpr bool operator==(const page_role&, const page_role&) = default;
 
-  /// The role of a table below this one.
-  constexpr page_role child(rights granted, bool is_direct) const noexcept {
+  /// The role of a guest table below this one.
+  constexpr page_role table_below(rights granted) const noexcept {
     page_role r = *this;
     --r.level;
     r.access = granted;
-    r.direct = is_direct;
+    return r;
+  }
+  /// The role of a part of a large leaf in this table. Leaves that share a direct page must agree in all that its
+  /// entries say: whether the page may be written already as well (two leaves have two dirty bits).
+  constexpr page_role part_below(rights leaf_rights, bool user_in_guest) const noexcept {
+    page_role r = table_below(leaf_rights);
+    r.direct = true;
+    r.guest_user = user_in_guest;
     return r;
   }
 };
@@ -121,7 +127,7 @@ struct alignas(shadow_page_alignment) shadow_page {
   /// The guest frame that a present leaf maps. MUST agree with the slot's reverse mapping.
   std::array<std::uint64_t, entries_per_table> leaf_frames{};
 
-  gfn frame{};                  ///< the guest table; of a direct page, the first frame that it maps
+  gfn frame{};  ///< the guest table; of a direct page, the first frame that it maps
   page_role role{};
   entry_list parents;           ///< MUST hold exactly the present entries that link this page
   unsigned present = 0;         ///< MUST be the number of present entries

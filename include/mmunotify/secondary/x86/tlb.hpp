@@ -3,10 +3,10 @@
 
 // The TLB of a virtual CPU, and the flush that reaches it on another thread.
 //
-// Hardware: a CPU walks and caches translations while it runs guest code; who changes the tables sends an interrupt and
-// waits for every CPU to acknowledge. Software: a vCPU touches guest memory only inside a *guest-mode section*, which is
-// a read section of the VM's own srcu_domain; a flush asks every vCPU to empty its TLB and then waits for a grace
-// period. When that ends, each section that began before has left, and each later one has seen the request.
+// Hardware: a CPU walks and caches translations while it runs guest code; who changes the tables sends an interrupt
+// and waits for every CPU to acknowledge. Software: a vCPU touches guest memory only inside a *guest-mode section*,
+// which is a read section of the VM's own srcu_domain; a flush asks every vCPU to empty its TLB and then waits for a
+// grace period. When that ends, each section that began before has left, and each later one has seen the request.
 //
 //   section:  enter; request? then empty the TLB; look up or walk; touch memory; leave
 //   flush:    change the tables; set every vCPU's request; grace period
@@ -44,10 +44,10 @@ struct shadow_page;
 
 /// One cached translation.
 struct tlb_entry {
-  std::uint64_t tag = 0;       ///< guest virtual page number + 1; 0: empty
-  std::byte* host = nullptr;   ///< the page's first byte in this process
-  rights allows{0};            ///< write only if the shadow leaf is dirty already
-  bool guest_user = false;     ///< U in the guest (see shadow_entry)
+  std::uint64_t tag = 0;      ///< guest virtual page number + 1; 0: empty
+  std::byte* host = nullptr;  ///< the page's first byte in this process
+  rights allows{0};           ///< write only if the shadow leaf is dirty already
+  bool guest_user = false;    ///< U in the guest (see shadow_entry)
 };
 
 /// Direct-mapped by guest virtual page, tagged by nothing else: whatever changes the meaning of an address empties it.

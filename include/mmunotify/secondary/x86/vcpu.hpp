@@ -5,8 +5,8 @@
 //
 // One access is: enter guest mode, look into the TLB, else walk the shadow tables without a lock, else leave guest
 // mode, fault, and start again. The shadow walk sets accessed bits, and dirty ones for writes, as hardware would.
-// Shadow leaves are judged as with CR0.WP=1: where WP=0 lets the supervisor write more, the fault path has made the leaf
-// writable (fault.hpp).
+// Shadow leaves are judged as with CR0.WP=1: where WP=0 lets the supervisor write more, the fault path has made the
+// leaf writable (fault.hpp).
 //
 // Which change of state empties what:
 //   CR3                       TLB and root (global pages too, which the architecture allows)

@@ -83,9 +83,12 @@ class table_check {
     require(tables_.index_.find(child.frame, child.role) == &child, "a linked page is not in the index");
     require(child.parents.contains({&p, i}), "a link is missing among its page's parents");
     require(child.role.level + 1 == p.role.level, "a link skips a level");
-    require(covers(p.role.access, child.role.access), "a table grants more than the ones above it");
+    require(covers(most_below(p.role), child.role.access), "a table grants more than the ones above it");
     require(child.role.direct || !p.role.direct, "an indirect page hangs below a direct one");
   }
+
+  /// What may be granted below: CR0.WP=0 lets the supervisor write what no level grants.
+  static rights most_below(const page_role& r) noexcept { return changed(r.access, r.wp ? 0 : rights::write_bit, 0); }
 
   void check_leaf(shadow_page& p, unsigned i, shadow_entry e) noexcept {
     ++leaves_;
@@ -100,8 +103,8 @@ class table_check {
       require(!tables_.index_.tracked(frame), "a shadowed guest table is mapped writable");
       require(!slot->config().read_only, "a read-only slot is mapped writable");
     }
-    const rights most = changed(p.role.access, p.role.wp ? 0 : rights::write_bit, 0);
-    require(covers(most, e.allows()), "a leaf grants more than the tables above it");
+    require(covers(most_below(p.role), e.allows()), "a leaf grants more than the tables above it");
+    require(!p.role.direct || e.guest_user() == p.role.guest_user, "a direct page's leaf differs from its role");
   }
 
   void check_slot(memslot& s) noexcept {
