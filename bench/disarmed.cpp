@@ -2,10 +2,10 @@
 
 // What a hook costs that nobody listens to, and what a bracket costs when somebody does.
 //
-// Two bodies. "store" is the floor: one store to a table, one to four cycles; what is added to it is the hook's absolute
-// cost, and its ratio says little. "zap" is what a primary MMU does to take one page away: walk four levels, exchange
-// the entry atomically (as every MMU must, because the hardware sets its bits), count. Each is measured bare, and with
-// each arming policy around it, disarmed, as the scope form and as the closure form.
+// Two bodies. "store" is the floor: one store to a table, one to four cycles; what is added to it is the hook's
+// absolute cost, and its ratio says little. "zap" is what a primary MMU does to take one page away: walk four levels,
+// exchange the entry atomically (as every MMU must, because the hardware sets its bits), count. Each is measured bare,
+// and with each arming policy around it, disarmed, as the scope form and as the closure form.
 //
 // Every case computes a checksum of what its body did and compares it with the expected one.
 
@@ -159,9 +159,8 @@ void add_policy(const std::string& group, const std::string& name) {
 template <class Body>
 void add_disarmed(const std::string& group) {
   for (const char* again : {"", "_again"}) {  // twice: what this machine calls "the same" today
-    ratios::add(group + "_call/bare" + again, [](benchmark::State& s) {
-      measure(s, calls([](tables& t, std::uintptr_t a) { bare<Body>(t, a); }));
-    });
+    ratios::add(group + "_call/bare" + again,
+                [](benchmark::State& s) { measure(s, calls([](tables& t, std::uintptr_t a) { bare<Body>(t, a); })); });
     ratios::add(group + "_loop/bare" + again,
                 [](benchmark::State& s) { measure(s, [](tables& t) { bare_loop<Body>(t); }); });
   }

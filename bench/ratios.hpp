@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-// Reports ratios, not figures: the machines are shared and noisy, and only what was measured in the same run, interleaved,
-// may be compared.
+// Reports ratios, not figures: the machines are shared and noisy, and only what was measured in the same run,
+// interleaved, may be compared.
 //
 // A bench names its cases "group/variant"; the first variant of a group is its baseline. Repetitions of all cases are
 // interleaved at random; the table gives each case's median, its spread, and the median of its ratio to the baseline.
@@ -49,9 +49,8 @@ class reporter : public benchmark::BenchmarkReporter {
     std::string group;
     double baseline = 0;
     auto names = sorted();
-    std::stable_sort(names.begin(), names.end(), [&](const std::string& a, const std::string& b) {
-      return group_rank(a) < group_rank(b);
-    });
+    std::stable_sort(names.begin(), names.end(),
+                     [&](const std::string& a, const std::string& b) { return group_rank(a) < group_rank(b); });
     for (const std::string& name : names) {
       const auto& t = times_.at(name);
       const std::string g = name.substr(0, name.rfind('/'));
@@ -60,9 +59,8 @@ class reporter : public benchmark::BenchmarkReporter {
         baseline = median(t);
         std::printf("\n");
       }
-      std::printf("%-44s %10.2f %9.2f .. %9.2f %8.3f\n", name.c_str(), median(t),
-                  *std::min_element(t.begin(), t.end()), *std::max_element(t.begin(), t.end()),
-                  baseline > 0 ? median(t) / baseline : 0.0);
+      std::printf("%-44s %10.2f %9.2f .. %9.2f %8.3f\n", name.c_str(), median(t), *std::min_element(t.begin(), t.end()),
+                  *std::max_element(t.begin(), t.end()), baseline > 0 ? median(t) / baseline : 0.0);
     }
     std::fflush(stdout);
   }
@@ -75,7 +73,8 @@ class reporter : public benchmark::BenchmarkReporter {
     const std::string group = name.substr(0, name.rfind('/') + 1);
     const auto& all = registered();
     return static_cast<std::size_t>(
-        std::find_if(all.begin(), all.end(), [&](const std::string& n) { return n.rfind(group, 0) == 0; }) - all.begin());
+        std::find_if(all.begin(), all.end(), [&](const std::string& n) { return n.rfind(group, 0) == 0; }) -
+        all.begin());
   }
 
   /// Groups in the order in which they were registered, whatever the interleaving did.
@@ -114,8 +113,7 @@ benchmark::internal::Benchmark* add(const std::string& name, F f) {
 inline int run(int argc, char** argv) {
   std::vector<std::string> arguments(argv, argv + argc);
   const auto given = [&](std::string_view flag) {
-    return std::any_of(arguments.begin(), arguments.end(),
-                       [&](const std::string& a) { return a.rfind(flag, 0) == 0; });
+    return std::any_of(arguments.begin(), arguments.end(), [&](const std::string& a) { return a.rfind(flag, 0) == 0; });
   };
   if (!given("--benchmark_repetitions")) arguments.emplace_back("--benchmark_repetitions=21");
   if (!given("--benchmark_min_time")) arguments.emplace_back("--benchmark_min_time=0.02");

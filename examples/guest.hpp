@@ -36,9 +36,9 @@ using namespace mmunotify;
 using space_type = address_space<arming::under<std::shared_mutex>, observe::counters>;
 using primary_type = reference_mmu<space_type>;
 
-inline constexpr std::uintptr_t ram_base = 0x10'0000'0000;      ///< where the primary maps guest RAM
-inline constexpr std::uintptr_t aside_base = 0x20'0000'0000;    ///< where pages are moved to, and back from
-inline constexpr std::uint64_t most_signed_pages = 1U << 15;    ///< beyond, pages are zero until somebody writes
+inline constexpr std::uintptr_t ram_base = 0x10'0000'0000;    ///< where the primary maps guest RAM
+inline constexpr std::uintptr_t aside_base = 0x20'0000'0000;  ///< where pages are moved to, and back from
+inline constexpr std::uint64_t most_signed_pages = 1U << 15;  ///< beyond, pages are zero until somebody writes
 inline constexpr std::uint64_t most_frames = most_signed_pages + (1U << 13);
 
 /// What the book knows of one guest frame.

@@ -301,8 +301,8 @@ class show {
   void run_changer(std::uint64_t me) {
     random_source random(options_.seed * 77 + me);
     while (!stop_.load(std::memory_order_relaxed)) {
-      const std::uint64_t first = random.one_in(4) ? random.below(machine_.pages())
-                                                   : frame_of(hot_[random.below(hot_.size())].physical).value;
+      const std::uint64_t first =
+          random.one_in(4) ? random.below(machine_.pages()) : frame_of(hot_[random.below(hot_.size())].physical).value;
       if (first >= machine_.pages()) continue;
       const std::uint64_t last = std::min(machine_.pages(), first + 1 + random.below(16));
       change(random.below(12), first, last, me);
@@ -315,11 +315,16 @@ class show {
     const range r{guest::machine::host(gfn{first}), guest::machine::host(gfn{last})};
     // Refusals are part of the game: swap may be full, a neighbour may have the range unmapped at the moment.
     switch (what) {
-      case 0: case 1: case 2: static_cast<void>(primary.swap_out(r)); break;
-      case 3: case 4: case 5: static_cast<void>(primary.migrate(r)); break;
+      case 0:
+      case 1:
+      case 2: static_cast<void>(primary.swap_out(r)); break;
+      case 3:
+      case 4:
+      case 5: static_cast<void>(primary.migrate(r)); break;
       case 6: static_cast<void>(primary.clear_flush_young(r)); break;
       case 7: static_cast<void>(primary.test_young(r) || primary.clear_young(r)); break;
-      case 8: case 9: reshape(first, last, me, &show::protect_a_while); break;
+      case 8:
+      case 9: reshape(first, last, me, &show::protect_a_while); break;
       case 10: reshape(first, last, me, &show::move_a_while); break;
       default: reshape(first, last, me, &show::unmap_a_while); break;
     }
@@ -398,7 +403,8 @@ class show {
     }
   }
 
-  // --- Watching. ------------------------------------------------------------------------------------------------------
+  // --- Watching.
+  // ------------------------------------------------------------------------------------------------------
 
   double elapsed() const { return std::chrono::duration<double>(clock_type::now() - started_).count(); }
 
@@ -510,13 +516,20 @@ std::string parse(int argc, char** argv, options& o) {
     const std::string_view name = argv[i];
     const char* const value = i + 1 < argc ? argv[i + 1] : nullptr;
     std::string wrong;
-    if (name == "--seconds") wrong = parse_number(name, value, 1, 1'000'000, o.seconds);
-    else if (name == "--vcpus") wrong = parse_number(name, value, 1, 64, o.vcpus);
-    else if (name == "--changers") wrong = parse_number(name, value, 1, 16, o.changers);
-    else if (name == "--seed") wrong = parse_number(name, value, 0, ~std::uint64_t{0}, o.seed);
-    else if (name == "--accesses") wrong = parse_number(name, value, 1, ~std::uint64_t{0}, o.accesses);
-    else if (name == "--capture") value != nullptr ? o.capture = value : wrong = "--capture needs a file";
-    else wrong = "there is no option " + std::string(name);
+    if (name == "--seconds")
+      wrong = parse_number(name, value, 1, 1'000'000, o.seconds);
+    else if (name == "--vcpus")
+      wrong = parse_number(name, value, 1, 64, o.vcpus);
+    else if (name == "--changers")
+      wrong = parse_number(name, value, 1, 16, o.changers);
+    else if (name == "--seed")
+      wrong = parse_number(name, value, 0, ~std::uint64_t{0}, o.seed);
+    else if (name == "--accesses")
+      wrong = parse_number(name, value, 1, ~std::uint64_t{0}, o.accesses);
+    else if (name == "--capture")
+      value != nullptr ? o.capture = value : wrong = "--capture needs a file";
+    else
+      wrong = "there is no option " + std::string(name);
     if (!wrong.empty()) return wrong;
   }
   return {};
@@ -534,7 +547,8 @@ int main(int argc, char** argv) {
     if (std::strcmp(argv[i], "--help") == 0) return std::fputs(usage, stdout) < 0 ? 2 : 0;
   }
   options o;
-  if (const std::string wrong = parse(argc, argv, o); !wrong.empty()) return refuse(wrong + " (--help shows the options)");
+  if (const std::string wrong = parse(argc, argv, o); !wrong.empty())
+    return refuse(wrong + " (--help shows the options)");
   auto loaded = capture::load(o.capture);
   if (!loaded) return refuse(loaded.error);
   auto* const tables = std::get_if<capture::linux_tables>(&loaded.value);
@@ -544,9 +558,8 @@ int main(int argc, char** argv) {
   guest::machine machine(std::move(*tables));
   if (const std::string wrong = machine.power_on(); !wrong.empty()) return refuse(o.capture + ": " + wrong);
   int status = 2;
-  const bool known = capture::with_paging_mode(mode, [&](auto identity) {
-    status = show<typename decltype(identity)::type>(o, machine).run();
-  });
+  const bool known = capture::with_paging_mode(
+      mode, [&](auto identity) { status = show<typename decltype(identity)::type>(o, machine).run(); });
   if (!known) return refuse(o.capture + ": mode " + std::string(capture::to_string(mode)) + " is not supported yet");
   return status;
 }

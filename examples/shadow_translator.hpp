@@ -52,8 +52,8 @@ class reserved_memory {
   std::byte* memory_;
 };
 
-/// The shadow MMU as a translator. It knows the address and the effective rights; the leaf's other flags and the size of
-/// its page it does not keep, so these it takes from the walker.
+/// The shadow MMU as a translator. It knows the address and the effective rights; the leaf's other flags and the size
+/// of its page it does not keep, so these it takes from the walker.
 template <class Mode>
 class shadow_translator {
   using mmu_type = x86::shadow_mmu<reserved_memory, Mode>;

@@ -42,15 +42,19 @@
 #endif
 
 /// Opens the library's namespace; every header uses it, so that MMUNOTIFY_CHECKED is part of every mangled name.
-#define MMUNOTIFY_BEGIN_NAMESPACE namespace mmunotify { inline namespace MMUNOTIFY_ABI {
-#define MMUNOTIFY_END_NAMESPACE }}
+#define MMUNOTIFY_BEGIN_NAMESPACE \
+  namespace mmunotify {           \
+  inline namespace MMUNOTIFY_ABI {
+#define MMUNOTIFY_END_NAMESPACE \
+  }                             \
+  }
 
 /// Code that runs only when something is set up, torn down or wrong: out of line, optimised for size.
 #define MMUNOTIFY_COLD [[gnu::cold, gnu::noinline]]
 
 /// Code that runs only when a space is armed, and is to be fast then. Called through a function that is marked cold, so
-/// that the caller's straight path is laid out as if it were never called. gcc optimises cold code for size, which costs
-/// an armed bracket a third: there the cold function only jumps.
+/// that the caller's straight path is laid out as if it were never called. gcc optimises cold code for size, which
+/// costs an armed bracket a third: there the cold function only jumps.
 #if defined(__clang__)
 #define MMUNOTIFY_ARMED [[gnu::always_inline]]
 #else

@@ -79,9 +79,12 @@ bool is_jump(const instruction& i) { return i.mnemonic[0] == 'j'; }
 bool is_conditional(const instruction& i) { return is_jump(i) && i.mnemonic != "jmp"; }
 bool is_return(const instruction& i) { return i.mnemonic.rfind("ret", 0) == 0; }
 bool is_call(const instruction& i) { return i.mnemonic.rfind("call", 0) == 0; }
-bool is_padding(const instruction& i) { return i.mnemonic.rfind("nop", 0) == 0 || i.mnemonic == "data16" || i.mnemonic == "cs"; }
+bool is_padding(const instruction& i) {
+  return i.mnemonic.rfind("nop", 0) == 0 || i.mnemonic == "data16" || i.mnemonic == "cs";
+}
 bool is_locked(const instruction& i) {
-  return i.mnemonic.rfind("lock", 0) == 0 || i.mnemonic.rfind("xchg", 0) == 0 || i.mnemonic.find("fence") != std::string::npos;
+  return i.mnemonic.rfind("lock", 0) == 0 || i.mnemonic.rfind("xchg", 0) == 0 ||
+         i.mnemonic.find("fence") != std::string::npos;
 }
 /// A load and compare in one, or a load.
 bool loads(const instruction& i) {
@@ -94,8 +97,9 @@ bool loads(const instruction& i) {
 bool stores_to_stack(const instruction& i) {
   if (i.mnemonic.rfind("push", 0) == 0) return true;
   const bool moves = i.mnemonic.rfind("mov", 0) == 0;
-  return moves && i.operands.size() > 6 && (i.operands.compare(i.operands.size() - 6, 6, "(%rsp)") == 0 ||
-                                            i.operands.compare(i.operands.size() - 6, 6, "(%rbp)") == 0);
+  return moves && i.operands.size() > 6 &&
+         (i.operands.compare(i.operands.size() - 6, 6, "(%rsp)") == 0 ||
+          i.operands.compare(i.operands.size() - 6, 6, "(%rbp)") == 0);
 }
 
 /// What runs when no conditional branch is taken, padding left out.
@@ -143,9 +147,12 @@ struct added {
 added difference(const std::string& with, const std::string& bare) {
   const function a = straight_path(with);
   const function b = straight_path(bare);
-  return {count(a, is_conditional) - count(b, is_conditional), count(a, loads) - count(b, loads),
-          count(a, stores_to_stack) - count(b, stores_to_stack), static_cast<long>(a.size()) - static_cast<long>(b.size()),
-          count(a, is_call), count(a, is_locked)};
+  return {count(a, is_conditional) - count(b, is_conditional),
+          count(a, loads) - count(b, loads),
+          count(a, stores_to_stack) - count(b, stores_to_stack),
+          static_cast<long>(a.size()) - static_cast<long>(b.size()),
+          count(a, is_call),
+          count(a, is_locked)};
 }
 
 }  // namespace

@@ -145,6 +145,35 @@ TEST_CASE_TEMPLATE("P5: brackets nest and overlap, each with its own audience", 
   CHECK(primary.space.unregister(node) == errc::ok);
 }
 
+TEST_CASE_TEMPLATE("P5: brackets of one thread may end in any order, and protect until the last has ended", P,
+                   EVERY_PRIMARY) {
+  for (const bool first_ends_first : {true, false}) {
+    P primary;
+    counting_client client;
+    subscriber<counting_client> node{client};
+    REQUIRE(primary.join(node) == errc::ok);
+    std::atomic<bool> one_left{false};
+    std::atomic<bool> leaving{false};
+    std::thread changer([&] {
+      const auto reading = primary.lock();
+      const auto one = primary.space.invalidate_range_start({{0, 10}, event::unmap});
+      const auto two = primary.space.invalidate_range_start({{20, 30}, event::clear});
+      primary.space.invalidate_range_end(first_ends_first ? one : two);
+      one_left.store(true, std::memory_order_release);
+      wait_for(leaving);
+      let_others_run();
+      primary.space.invalidate_range_end(first_ends_first ? two : one);
+    });
+    wait_for(one_left);
+    leaving.store(true, std::memory_order_release);
+    CHECK(primary.space.unregister(node) == errc::ok);
+    CHECK(client.starts.load() == 2);
+    CHECK(client.ends.load() == 2);  // P2: also the one that was left alone
+    changer.join();
+    CHECK(client.ends.load() == 2);
+  }
+}
+
 TEST_CASE_TEMPLATE("O2: subscribers are called newest first, in the same order at start and end", P, EVERY_PRIMARY) {
   P primary;
   log_type log;

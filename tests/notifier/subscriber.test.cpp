@@ -26,6 +26,20 @@ TEST_CASE("a subscriber is an idle node with a client until it is registered") {
   CHECK_FALSE(node.registered());
 }
 
+TEST_CASE("a client may have its node as a member") {
+  struct driver {
+    int drops = 0;
+    subscriber<driver> node{*this};
+    void invalidate_range_start(const invalidation&) noexcept { ++drops; }
+  };
+  driver d;
+  tracked_primary primary;
+  REQUIRE(primary.join(d.node) == errc::ok);
+  { const auto inv = primary.space.invalidate({0, 1}, event::unmap); }
+  CHECK(d.drops == 1);
+  CHECK(primary.space.unregister(d.node) == errc::ok);
+}
+
 TEST_CASE("L1: a subscriber that is destroyed while registered is reported") {
   const contract_recorder recorder;
   counting_client client;

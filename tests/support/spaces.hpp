@@ -10,7 +10,8 @@
 
 /// A primary MMU reduced to its lock and its address space.
 struct under_primary {
-  using space_type = mmunotify::address_space<mmunotify::arming::under<std::shared_mutex>, mmunotify::observe::counters>;
+  using space_type =
+      mmunotify::address_space<mmunotify::arming::under<std::shared_mutex>, mmunotify::observe::counters>;
   using reading = std::shared_lock<std::shared_mutex>;
 
   std::shared_mutex tables;

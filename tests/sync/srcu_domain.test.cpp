@@ -193,6 +193,22 @@ TEST_CASE("S6: sections nest; only the outermost ends the section") {
   CHECK_FALSE(domain.held_by_this_thread());
 }
 
+TEST_CASE_TEMPLATE("S6: unordered sections last until the last of them has ended, whichever that is", Platform,
+                   linux_platform, no_membarrier) {
+  basic_srcu_domain<Platform> domain;
+  domain.read_lock_unordered();  // a
+  domain.read_lock_unordered();  // b
+  { const basic_read_section s(domain); }
+  domain.read_unlock_unordered();  // a, the outermost
+  CHECK(domain.held_by_this_thread());
+  domain.read_lock_unordered();  // c
+  domain.read_unlock_unordered();
+  CHECK(domain.held_by_this_thread());
+  domain.read_unlock_unordered();
+  CHECK_FALSE(domain.held_by_this_thread());
+  domain.synchronize();
+}
+
 TEST_CASE("S7: a sleeper in one domain does not delay another") {
   srcu_domain sleepy;
   srcu_domain other;
@@ -234,7 +250,9 @@ TEST_CASE("S8: sections work in thread_local destructors at thread exit") {
   struct late {
     srcu_domain* domain = nullptr;
     ~late() {
-      if (domain != nullptr) { const read_section s(*domain); }
+      if (domain != nullptr) {
+        const read_section s(*domain);
+      }
     }
   };
   srcu_domain domain;
@@ -289,7 +307,7 @@ TEST_CASE("a domain that is destroyed with an open section is reported, and its 
   CHECK_FALSE(token.nested());
   // The thread's own exit would report the section again; close it by hand.
   detail::runtime<four_slots>::own().for_each_record([](auto& r) {
-    for (std::uint32_t slot = 0; slot < four_slots::slots; ++slot) r.word(slot).store(0);
+    for (std::uint32_t slot = 0; slot < four_slots::slots; ++slot) r.at(slot).word.store(0);
     return true;
   });
 }
@@ -303,14 +321,14 @@ TEST_CASE("exhausted memory and exhausted keys are error values") {
   CHECK(fine.attach_this_thread() == errc::ok);
 }
 
-TEST_CASE("a word costs 8 bytes per thread and domain, and a section two stores to it") {
+TEST_CASE("a domain costs a thread one slot, and a section two stores to it") {
   srcu_domain a;
   srcu_domain b;
   std::vector<std::uint64_t> words;
   const auto words_in_use = [&] {
     std::size_t n = 0;
     detail::runtime<linux_platform>::own().for_each_record([&](auto& r) {
-      for (std::uint32_t slot = 0; slot < 512; ++slot) n += r.word(slot).load() != 0 ? 1U : 0U;
+      for (std::uint32_t slot = 0; slot < 256; ++slot) n += r.at(slot).word.load() != 0 ? 1U : 0U;
       return true;
     });
     return n;

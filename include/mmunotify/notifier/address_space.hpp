@@ -140,13 +140,14 @@ class address_space {
       const bracket_type b = invalidate(r, e);
       return f();
     } else {
-      if (!armed()) [[likely]] return f();
+      if (!armed()) [[likely]]
+        return f();
       return bracketed_armed(std::move(f), *this, r.first, r.last, e);
     }
   }
 
-  /// The plain calls, for code that cannot use a scope. Precondition: invalidate_range_end gets the ticket of its start,
-  /// in the same thread, exactly once. i.blockable is taken as true.
+  /// The plain calls, for code that cannot use a scope. Precondition: invalidate_range_end gets the ticket of its
+  /// start, in the same thread, exactly once. i.blockable is taken as true.
   [[nodiscard, gnu::always_inline]] ticket invalidate_range_start(const invalidation_type& i) noexcept {
     return gate_.start(i.range, i.event, i.owner);
   }
@@ -180,9 +181,10 @@ class address_space {
   template <class Client, class Lock>
     requires detail::is_under<Arming>
   errc register_subscriber(subscriber<Client, key>& node, const Lock& held) noexcept {
-    static_assert(exclusive_lock_of<Lock, typename Arming::mutex>,
-                  "mmunotify: register_subscriber needs a std::unique_lock, lock_guard or scoped_lock of the very mutex "
-                  "type that arming::under names: a shared lock does not exclude brackets");
+    static_assert(
+        exclusive_lock_of<Lock, typename Arming::mutex>,
+        "mmunotify: register_subscriber needs a std::unique_lock, lock_guard or scoped_lock of the very mutex "
+        "type that arming::under names: a shared lock does not exclude brackets");
     if (!detail::owns(held)) return errc::lock_not_held;
     return gate_.join(node, this);
   }
@@ -195,9 +197,9 @@ class address_space {
   }
 
   /// Effects: runs the release hook if nobody has, then removes the subscriber; its brackets in flight get their end
-  /// first (P2). Returns: ok, and no callback of it is running or will run (L1); not_registered; would_deadlock inside a
-  /// callback or an open bracket of this space (L7). Legal before, during and after release() (L5).
-  /// Progress: blocking, two grace periods. Context: without locks that callbacks take.
+  /// first (P2). Returns: ok, and no callback of it is running or will run (L1); not_registered; would_deadlock inside
+  /// a callback or an open bracket of this space (L7). Legal before, during and after release() (L5). Progress:
+  /// blocking, two grace periods. Context: without locks that callbacks take.
   errc unregister(basic_subscriber<key>& node) noexcept { return gate_.leave(node, this); }
 
   observer_type& observer() noexcept { return gate_.observer(); }

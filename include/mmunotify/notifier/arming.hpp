@@ -47,7 +47,9 @@ namespace detail {
 /// True if the witness owns its mutex now. A lock_guard always does.
 template <class Lock>
 bool owns(const Lock& lock) noexcept {
-  if constexpr (requires { { lock.owns_lock() } -> std::convertible_to<bool>; }) {
+  if constexpr (requires {
+                  { lock.owns_lock() } -> std::convertible_to<bool>;
+                }) {
     return lock.owns_lock();
   } else {
     return true;
@@ -61,15 +63,13 @@ struct open_bracket {
   basic_invalidation<Key> i;
   registry<Key>* audience;
   std::uint64_t version;
-  srcu_domain::section_token section;
 };
 static_assert(sizeof(open_bracket<std::uint64_t>) <= sizeof(thread_cells::cell));
 
 /// Precondition: inside the registry's section. Never null: a thread that opens more brackets than it has cells is
 /// reported, and ends.
 template <address_key Key>
-[[gnu::always_inline]] inline open_bracket<Key>* make_bracket(registry<Key>& r,
-                                                              srcu_domain::section_token section) noexcept {
+[[gnu::always_inline]] inline open_bracket<Key>* make_bracket(registry<Key>& r) noexcept {
   void* const cell = r.domain().cells().take();
   if (cell == nullptr) [[unlikely]] {
     violated("P5", "address_space::invalidate", "one thread has %zu brackets open, and cannot have more",
@@ -79,7 +79,6 @@ template <address_key Key>
   auto* const b = new (cell) open_bracket<Key>;
   b->audience = &r;
   b->version = r.version();
-  b->section = section;
   return b;
 }
 

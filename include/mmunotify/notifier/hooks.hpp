@@ -6,7 +6,8 @@
 // A client is any class type with at least one of these hooks; names and meaning are Linux's (struct
 // mmu_notifier_ops). A hook that the type lacks is a null pointer that the walk skips.
 //
-//   void invalidate_range_start(const basic_invalidation<Key>&)   drop every mapping in the range; when it returns, none
+//   void invalidate_range_start(const basic_invalidation<Key>&)   drop every mapping in the range; when it returns,
+//   none
 //                                                                 is usable. May sleep if blockable.
 //   bool invalidate_range_start(const basic_invalidation<Key>&)   the same; may return false to refuse, only if the
 //                                                                 bracket is not blockable.
@@ -32,18 +33,20 @@ namespace detail {
 
 // Does the type have a member of that name, whatever its signature? A derived class that inherits the name from two
 // bases cannot name it: so naming it fails exactly if the client has it, too. Final classes are asked directly.
-#define MMUNOTIFY_DEFINE_NAMED(hook)                                               \
-  struct hook##_decoy {                                                            \
-    int hook;                                                                      \
-  };                                                                               \
-  template <class Client>                                                          \
-  struct hook##_probe : Client, hook##_decoy {};                                   \
-  template <class Client>                                                          \
-  concept lacks_##hook = requires { &hook##_probe<Client>::hook; };                \
-  template <class Client>                                                          \
-  consteval bool names_##hook() {                                                  \
-    if constexpr (std::is_final_v<Client>) return requires { &Client::hook; };     \
-    else return !lacks_##hook<Client>;                                             \
+#define MMUNOTIFY_DEFINE_NAMED(hook)                                \
+  struct hook##_decoy {                                             \
+    int hook;                                                       \
+  };                                                                \
+  template <class Client>                                           \
+  struct hook##_probe : Client, hook##_decoy {};                    \
+  template <class Client>                                           \
+  concept lacks_##hook = requires { &hook##_probe<Client>::hook; }; \
+  template <class Client>                                           \
+  consteval bool names_##hook() {                                   \
+    if constexpr (std::is_final_v<Client>)                          \
+      return requires { &Client::hook; };                           \
+    else                                                            \
+      return !lacks_##hook<Client>;                                 \
   }
 
 MMUNOTIFY_DEFINE_NAMED(invalidate_range_start)
@@ -88,9 +91,9 @@ concept has_release = requires(C& c) {
 
 /// At least one hook.
 template <class C, class Key = std::uintptr_t>
-concept secondary_mmu = std::is_class_v<C> &&
-    (has_start<C, Key> || has_refusing_start<C, Key> || has_end<C, Key> || has_clear_flush_young<C, Key> ||
-     has_clear_young<C, Key> || has_test_young<C, Key> || has_release<C>);
+concept secondary_mmu = std::is_class_v<C> && (has_start<C, Key> || has_refusing_start<C, Key> || has_end<C, Key> ||
+                                               has_clear_flush_young<C, Key> || has_clear_young<C, Key> ||
+                                               has_test_young<C, Key> || has_release<C>);
 
 namespace detail {
 
@@ -150,8 +153,9 @@ consteval bool check_client() {
   static_assert(!names_invalidate_range_end<C>() || has_end<C, Key>,
                 "mmunotify: the client's invalidate_range_end must be callable as "
                 "void invalidate_range_end(const basic_invalidation<Key>&)");
-  static_assert(!names_clear_flush_young<C>() || has_clear_flush_young<C, Key>,
-                "mmunotify: the client's clear_flush_young must be callable as bool clear_flush_young(basic_range<Key>)");
+  static_assert(
+      !names_clear_flush_young<C>() || has_clear_flush_young<C, Key>,
+      "mmunotify: the client's clear_flush_young must be callable as bool clear_flush_young(basic_range<Key>)");
   static_assert(!names_clear_young<C>() || has_clear_young<C, Key>,
                 "mmunotify: the client's clear_young must be callable as bool clear_young(basic_range<Key>)");
   static_assert(!names_test_young<C>() || has_test_young<C, Key>,

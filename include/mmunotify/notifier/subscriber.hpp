@@ -64,19 +64,20 @@ class basic_subscriber : public hlist_node {
   std::atomic<std::uint64_t> born_{never};
   std::atomic<std::uint64_t> dead_{never};
   std::atomic<std::uint32_t> phase_{idle};
-  std::atomic<const void*> home_{nullptr};  ///< the address space, from joining to idle; compared, never followed
+  std::atomic<const void*> home_{nullptr};    ///< the address space, from joining to idle; compared, never followed
   basic_subscriber* next_claimed_ = nullptr;  ///< release(): whoever claimed it links it here
 };
 
 /// A registration of `Client`. Fails to compile, with one sentence, if Client has no hook or one of a wrong signature.
 template <class Client, address_key Key = std::uintptr_t>
 class subscriber : public basic_subscriber<Key> {
-  static_assert(detail::check_client<Client, Key>());
-
  public:
   /// Precondition: the client outlives every registration of this node.
   explicit subscriber(Client& client) noexcept
-      : basic_subscriber<Key>(detail::operations_for<Client, Key>, &client), client_(client) {}
+      : basic_subscriber<Key>(detail::operations_for<Client, Key>, &client), client_(client) {
+    // Here and not in the class, so that a client may have its own node as a member.
+    static_assert(detail::check_client<Client, Key>());
+  }
 
   Client& client() const noexcept { return client_; }
 

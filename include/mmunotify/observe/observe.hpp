@@ -19,12 +19,12 @@ namespace observe {
 
 /// What happened.
 enum class occurrence : std::uint8_t {
-  bracket,        ///< an armed bracket started
-  refusal,        ///< a non-blocking start was refused
-  callback,       ///< a start, end or young hook was called
-  release,        ///< a release hook was called
-  registration,   ///< a subscriber was registered
-  grace_period,   ///< the space waited for one
+  bracket,       ///< an armed bracket started
+  refusal,       ///< a non-blocking start was refused
+  callback,      ///< a start, end or young hook was called
+  release,       ///< a release hook was called
+  registration,  ///< a subscriber was registered
+  grace_period,  ///< the space waited for one
 };
 inline constexpr std::size_t occurrence_count = 6;
 

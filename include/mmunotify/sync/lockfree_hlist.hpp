@@ -141,7 +141,8 @@ class lockfree_hlist {
       for (; link != 0; link = next_ & ~deleted) {
         here_ = node_at(link);
         next_ = here_->next_.load(std::memory_order_acquire);  // (h4)
-        if ((next_ & deleted) == 0) [[likely]] return;
+        if ((next_ & deleted) == 0) [[likely]]
+          return;
       }
       here_ = nullptr;
     }

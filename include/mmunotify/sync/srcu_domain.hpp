@@ -50,7 +50,8 @@ MMUNOTIFY_BEGIN_NAMESPACE
 template <class Platform>
 class basic_srcu_domain {
   using runtime = detail::runtime<Platform>;
-  using word = detail::section_word;
+  using slot = detail::section_slot;
+  using word = std::atomic<std::uint64_t>;
 
  public:
   using platform = Platform;
@@ -68,7 +69,7 @@ class basic_srcu_domain {
     if (slot_ == 0) return;
     bool open = false;
     runtime_->for_each_record([&](auto& r) {
-      open = r.word(slot_).load(std::memory_order_relaxed) != 0;
+      open = r.at(slot_).word.load(std::memory_order_relaxed) != 0;
       return !open;
     });
     if (open) {
@@ -103,7 +104,7 @@ class basic_srcu_domain {
     if (view.attached_to != runtime_) [[unlikely]] {
       return read_lock_cold();
     }
-    const section_token t = enter(*word_in(view.slab));
+    const section_token t = enter(slot_in(view.slab).word);
     Platform::light();
     return t;
   }
@@ -114,8 +115,34 @@ class basic_srcu_domain {
     if (!t.nested()) [[likely]] {
       t.outermost_->store(0, std::memory_order_release);  // (d4) pairs with (d3)
       Platform::light();
-      if (waiter_.load(std::memory_order_relaxed) != 0) [[unlikely]] leave_cold();
+      if (waiter_.load(std::memory_order_relaxed) != 0) [[unlikely]]
+        leave_cold();
     }
+  }
+
+  /// The same for sections of one thread that may end in any order, as brackets do: the section lasts until the last of
+  /// them has ended. Dearer by a load and a branch; nested, by a chain through memory. Within one of these, sections of
+  /// the other kind begin and end. Progress, errors, context: as read_lock.
+  [[gnu::always_inline]] void read_lock_unordered() noexcept {
+    const auto view = runtime::view();
+    if (view.attached_to != runtime_) [[unlikely]] {
+      return read_lock_unordered_cold();
+    }
+    slot& s = slot_in(view.slab);
+    if (enter(s.word).nested()) [[unlikely]]
+      ++s.nested;
+    Platform::light();
+  }
+  [[gnu::always_inline]] void read_unlock_unordered() noexcept {
+    slot& s = own_slot();
+    Platform::light();
+    if (s.nested != 0) [[unlikely]] {
+      --s.nested;
+      return;
+    }
+    section_token t;
+    t.outermost_ = &s.word;
+    read_unlock(t);
   }
 
   /// Memory of the calling thread's own for what a section has to remember. Precondition: inside a section.
@@ -128,7 +155,7 @@ class basic_srcu_domain {
   }
 
   /// Returns: true inside a section of this domain (in a callback or an open bracket, for an address space).
-  bool held_by_this_thread() noexcept { return own_word().load(std::memory_order_relaxed) != 0; }
+  bool held_by_this_thread() noexcept { return own_slot().word.load(std::memory_order_relaxed) != 0; }
 
   /// Effects: does what the thread's first section would do. Returns: ok, or no_memory.
   errc attach_this_thread() noexcept { return runtime_->attach() != nullptr ? errc::ok : errc::no_memory; }
@@ -161,10 +188,6 @@ class basic_srcu_domain {
   static constexpr std::uint32_t asleep = 2;  ///< waiter_: a grace period sleeps
   static constexpr int spins = 200;           ///< about 2 us of pause before a grace period sleeps
 
-  [[gnu::always_inline]] word* word_in(std::byte* slab) const noexcept {
-    return std::launder(reinterpret_cast<word*>(slab + std::size_t{slot_} * sizeof(word)));
-  }
-
   [[gnu::always_inline]] section_token enter(word& w) noexcept {
     section_token t;
     if (w.load(std::memory_order_relaxed) == 0) [[likely]] {
@@ -175,12 +198,16 @@ class basic_srcu_domain {
     return t;
   }
 
-  [[gnu::always_inline]] word& own_word() noexcept {
+  [[gnu::always_inline]] slot& slot_in(std::byte* slab) const noexcept {
+    return detail::thread_record<Platform>::slot_in(slab, slot_);
+  }
+
+  [[gnu::always_inline]] slot& own_slot() noexcept {
     const auto view = runtime::view();
     if (view.attached_to != runtime_) [[unlikely]] {
-      return attached().word(slot_);
+      return attached().at(slot_);
     }
-    return *word_in(view.slab);
+    return slot_in(view.slab);
   }
 
   MMUNOTIFY_COLD typename runtime::record& attached() noexcept {
@@ -193,9 +220,15 @@ class basic_srcu_domain {
   }
 
   MMUNOTIFY_COLD section_token read_lock_cold() noexcept {
-    const section_token t = enter(attached().word(slot_));
+    const section_token t = enter(attached().at(slot_).word);
     Platform::full();  // stands for the light fence where heavy fences do not exist
     return t;
+  }
+
+  MMUNOTIFY_COLD void read_lock_unordered_cold() noexcept {
+    slot& s = attached().at(slot_);
+    if (enter(s.word).nested()) ++s.nested;
+    Platform::full();
   }
 
   MMUNOTIFY_COLD void leave_cold() noexcept {
@@ -218,7 +251,7 @@ class basic_srcu_domain {
     sequence_.store(now, std::memory_order_release);  // (d1) pairs with (d2)
     fence();
     runtime_->for_each_record([&](auto& r) {
-      wait_for(r.word(slot_), now);
+      wait_for(r.at(slot_).word, now);
       return true;
     });
     completed_ = now;

@@ -56,7 +56,9 @@ class registry {
   // --- Brackets. Precondition of each: inside a read section of the domain. -------------------------------------
 
   /// The version that fixes a bracket's audience. Never 0.
-  [[gnu::always_inline]] std::uint64_t version() const noexcept { return version_.load(std::memory_order_acquire); }  // (n2) pairs with (n1)
+  [[gnu::always_inline]] std::uint64_t version() const noexcept {
+    return version_.load(std::memory_order_acquire);
+  }  // (n2) pairs with (n1)
 
   template <observe::observer O>
   [[gnu::always_inline]] void call_start(const basic_invalidation<Key>& i, std::uint64_t g, O& observer) {
@@ -226,9 +228,7 @@ class registry {
 
   /// Returns: the space that the node is registered with, null if none.
   static const void* home_of(const node& n) noexcept { return n.home_.load(std::memory_order_relaxed); }
-  static bool departed(const node& n) noexcept {
-    return n.phase_.load(std::memory_order_relaxed) == node::departed;
-  }
+  static bool departed(const node& n) noexcept { return n.phase_.load(std::memory_order_relaxed) == node::departed; }
 
   template <observe::observer O>
   void grace_period(O& observer) {
@@ -283,7 +283,7 @@ class registry {
     n.home_.store(nullptr, std::memory_order_relaxed);
     const auto& word = n.phase_;
     n.phase_.store(phase, std::memory_order_release);  // (n3) pairs with (n4)
-    linux_platform::wake(word);  // by address only: the node may already be gone
+    linux_platform::wake(word);                        // by address only: the node may already be gone
   }
 
   /// Registrations that began before the release become live, so that their hooks run. They wait for brackets only.
@@ -337,7 +337,7 @@ class registry {
   std::atomic<std::uint64_t> version_{1};
   lockfree_hlist<node> list_{domain_};
   std::mutex writers_;
-  std::uint64_t count_ = 0;  ///< linked nodes; under writers_
+  std::uint64_t count_ = 0;                ///< linked nodes; under writers_
   std::atomic<std::uint32_t> joining_{0};  ///< linked nodes that are not live yet
 };
 

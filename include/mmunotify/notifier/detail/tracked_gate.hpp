@@ -17,12 +17,8 @@ class tracked_gate {
  public:
   using node = basic_subscriber<Key>;
 
-  struct ticket {
-    srcu_domain::section_token section;
-    open_bracket<Key>* armed = nullptr;  ///< null: nobody was called
-
-    friend bool operator==(const ticket& a, const ticket& b) noexcept { return a.armed == b.armed; }
-  };
+  /// Null: nobody was called.
+  using ticket = open_bracket<Key>*;
 
   // --- The hot half. ----------------------------------------------------------------------------------------------
 
@@ -31,33 +27,36 @@ class tracked_gate {
   // Dekker: registration links the node, then waits for a grace period; a bracket enters the section, then looks for
   // nodes. Either the bracket sees the node, or the registration waits for the bracket.
   [[gnu::always_inline]] ticket start(basic_range<Key> r, event e, const void* owner) noexcept {
-    ticket t{registry_.domain().read_lock(), nullptr};
-    if (armed()) [[unlikely]] t.armed = start_armed(r.first, r.last, e, owner);
-    return t;
+    registry_.domain().read_lock_unordered();
+    if (!armed()) [[likely]]
+      return nullptr;
+    return start_armed(r.first, r.last, e, owner);
   }
 
-  [[gnu::always_inline]] void end(const ticket& t) noexcept {
-    if (t.armed != nullptr) [[unlikely]] end_armed(t.armed);
-    registry_.domain().read_unlock(t.section);
+  [[gnu::always_inline]] void end(ticket t) noexcept {
+    if (t != nullptr) [[unlikely]]
+      end_armed(t);
+    registry_.domain().read_unlock_unordered();
   }
 
   /// Returns: refused() if a client refused; then the bracket is over and end() must not be called.
   [[gnu::always_inline]] ticket try_start(basic_range<Key> r, event e, const void* owner) noexcept {
-    ticket t{registry_.domain().read_lock(), nullptr};
-    if (armed()) [[unlikely]] {
-      t.armed = try_start_armed(r.first, r.last, e, owner);
-      if (t == refused()) registry_.domain().read_unlock(t.section);
-    }
+    registry_.domain().read_lock_unordered();
+    if (!armed()) [[likely]]
+      return nullptr;
+    const ticket t = try_start_armed(r.first, r.last, e, owner);
+    if (t == refused()) registry_.domain().read_unlock_unordered();
     return t;
   }
-  static ticket refused() noexcept { return {{}, reinterpret_cast<open_bracket<Key>*>(std::uintptr_t{1})}; }
+  static ticket refused() noexcept { return reinterpret_cast<ticket>(std::uintptr_t{1}); }
 
   /// A disarmed bracket is a section all the same, and too small to be put out of line.
   static constexpr bool closure_out_of_line = false;
 
   template <bool FirstYes>
   bool ask_young(young_hook<Key> hook, basic_range<Key> r) noexcept {
-    if (!armed()) [[likely]] return false;
+    if (!armed()) [[likely]]
+      return false;
     return ask_young_armed<FirstYes>(hook, r);
   }
 
@@ -87,7 +86,8 @@ class tracked_gate {
   MMUNOTIFY_COLD errc leave(node& n, const void* home) noexcept {
     if (registry<Key>::departed(n)) return registry<Key>::depart(n);
     if (registry<Key>::home_of(n) != home) return errc::not_registered;
-    return registry_.leave(n, observer_, [] {}, [] {});
+    return registry_.leave(
+        n, observer_, [] {}, [] {});
   }
 
   MMUNOTIFY_COLD errc release() noexcept {
@@ -95,7 +95,8 @@ class tracked_gate {
       const std::lock_guard lock(registry_.writers());
       released_ = true;
     }
-    return registry_.release_all(observer_, [] {}, [] {});
+    return registry_.release_all(
+        observer_, [] {}, [] {});
   }
 
   Observer& observer() noexcept { return observer_; }
@@ -104,8 +105,9 @@ class tracked_gate {
   /// Inside the bracket's section already.
   [[gnu::always_inline]] open_bracket<Key>* make(Key first, Key last, event e, const void* owner,
                                                  bool blockable) noexcept {
-    if (!is_valid<Key>({first, last})) [[unlikely]] return nullptr;
-    open_bracket<Key>* const b = make_bracket(registry_, {});
+    if (!is_valid<Key>({first, last})) [[unlikely]]
+      return nullptr;
+    open_bracket<Key>* const b = make_bracket(registry_);
     b->i.range = {first, last};
     b->i.event = e;
     b->i.owner = owner;
@@ -122,7 +124,8 @@ class tracked_gate {
 
   MMUNOTIFY_ARMED open_bracket<Key>* start_walk(Key first, Key last, event e, const void* owner) noexcept {
     open_bracket<Key>* const b = make(first, last, e, owner, true);
-    if (b != nullptr) [[likely]] registry_.call_start(b->i, b->version, observer_);
+    if (b != nullptr) [[likely]]
+      registry_.call_start(b->i, b->version, observer_);
     return b;
   }
   MMUNOTIFY_ARMED void end_walk(open_bracket<Key>* b) noexcept {
@@ -134,7 +137,7 @@ class tracked_gate {
     open_bracket<Key>* const b = make(first, last, e, owner, false);
     if (b == nullptr || registry_.try_call_start(b->i, b->version, observer_)) return b;
     registry_.domain().cells().give_back(b);
-    return refused().armed;
+    return refused();
   }
 
   template <bool FirstYes>

@@ -47,7 +47,8 @@ class under_gate {
   under_gate(const under_gate&) = delete;
   under_gate& operator=(const under_gate&) = delete;
   ~under_gate() {
-    if (armed()) [[unlikely]] violated("L1", "~address_space", "subscribers are still registered");
+    if (armed()) [[unlikely]]
+      violated("L1", "~address_space", "subscribers are still registered");
   }
 
   // --- The hot half. ----------------------------------------------------------------------------------------------
@@ -57,19 +58,22 @@ class under_gate {
 
   [[gnu::always_inline]] ticket start(basic_range<Key> r, event e, const void* owner) noexcept {
     open_.add(1);
-    if (!armed()) [[likely]] return nullptr;
+    if (!armed()) [[likely]]
+      return nullptr;
     return start_armed<true>(r.first, r.last, e, owner);
   }
 
   [[gnu::always_inline]] void end(ticket t) noexcept {
-    if (t != nullptr) [[unlikely]] end_armed(t);
+    if (t != nullptr) [[unlikely]]
+      end_armed(t);
     open_.add(-1);
   }
 
   /// Returns: refused() if a client refused; then the bracket is over and end() must not be called.
   [[gnu::always_inline]] ticket try_start(basic_range<Key> r, event e, const void* owner) noexcept {
     open_.add(1);
-    if (!armed()) [[likely]] return nullptr;
+    if (!armed()) [[likely]]
+      return nullptr;
     const ticket t = start_armed<false>(r.first, r.last, e, owner);
     if (t == refused()) open_.add(-1);
     return t;
@@ -81,7 +85,8 @@ class under_gate {
 
   template <bool FirstYes>
   bool ask_young(young_hook<Key> hook, basic_range<Key> r) noexcept {
-    if (!armed()) [[likely]] return false;
+    if (!armed()) [[likely]]
+      return false;
     return ask_young_armed<FirstYes>(hook, r);
   }
 
@@ -105,7 +110,8 @@ class under_gate {
     entry* const r = named();
     if (registry<Key>::departed(n)) return registry<Key>::depart(n);
     if (registry<Key>::home_of(n) != home || r == nullptr) return errc::not_registered;
-    return r->leave(n, observer_, [&] { disarm(); }, [&] { pool::give_back(r); });
+    return r->leave(
+        n, observer_, [&] { disarm(); }, [&] { pool::give_back(r); });
   }
 
   MMUNOTIFY_COLD errc release() noexcept {
@@ -121,7 +127,8 @@ class under_gate {
         if (named() != r) continue;  // its last subscriber has just left
         word_.fetch_or(released, std::memory_order_relaxed);
       }
-      return r->release_all(observer_, [&] { disarm(); }, [&] { pool::give_back(r); });
+      return r->release_all(
+          observer_, [&] { disarm(); }, [&] { pool::give_back(r); });
     }
   }
 
@@ -130,7 +137,9 @@ class under_gate {
  private:
   static constexpr std::uintptr_t released = 1;
 
-  [[gnu::always_inline]] static entry* at(std::uintptr_t word) noexcept { return reinterpret_cast<entry*>(word & ~std::uintptr_t{1}); }
+  [[gnu::always_inline]] static entry* at(std::uintptr_t word) noexcept {
+    return reinterpret_cast<entry*>(word & ~std::uintptr_t{1});
+  }
   /// The registry that the word names, null when disarmed. (u2) acquire pairs with (u1): it is complete.
   entry* named() const noexcept { return at(word_.load(std::memory_order_acquire)); }
 
@@ -173,20 +182,17 @@ class under_gate {
   /// Under the writers' mutex, when the last subscriber has been unlinked.
   void disarm() noexcept { word_.fetch_and(released, std::memory_order_relaxed); }
 
-  struct entered {
-    entry* audience = nullptr;  ///< null: the space is disarmed after all
-    srcu_domain::section_token section{};
-  };
-
-  /// Enters the section of the registry that the word names.
-  [[gnu::always_inline]] entered enter() noexcept {
+  /// Enters the section of the registry that the word names. Returns: null if the space is disarmed after all.
+  [[gnu::always_inline]] entry* enter() noexcept {
     while (true) {
       const std::uintptr_t word = word_.load(std::memory_order_acquire);  // (u2)
-      if (word <= released) [[unlikely]] return {};
+      if (word <= released) [[unlikely]]
+        return nullptr;
       entry* const r = at(word);
-      const auto section = r->domain().read_lock();
-      if (word_.load(std::memory_order_acquire) == word) [[likely]] return {r, section};  // (u4): it stays ours
-      r->domain().read_unlock(section);
+      r->domain().read_lock_unordered();
+      if (word_.load(std::memory_order_acquire) == word) [[likely]]
+        return r;  // (u4): inside the section it stays ours
+      r->domain().read_unlock_unordered();
     }
   }
 
@@ -214,17 +220,19 @@ class under_gate {
 
   template <bool Blockable>
   MMUNOTIFY_ARMED ticket start_walk(Key first, Key last, event e, const void* owner) noexcept {
-    if (!is_valid<Key>({first, last})) [[unlikely]] return nullptr;
-    const entered in = enter();
-    if (in.audience == nullptr) [[unlikely]] return nullptr;
-    open_bracket<Key>* const b = make_bracket(*in.audience, in.section);
+    if (!is_valid<Key>({first, last})) [[unlikely]]
+      return nullptr;
+    entry* const r = enter();
+    if (r == nullptr) [[unlikely]]
+      return nullptr;
+    open_bracket<Key>* const b = make_bracket<Key>(*r);
     b->i.range = {first, last};
     b->i.event = e;
     b->i.owner = owner;
     b->i.blockable = Blockable;
     if constexpr (Blockable) {
-      in.audience->call_start(b->i, b->version, observer_);
-    } else if (!in.audience->try_call_start(b->i, b->version, observer_)) {
+      r->call_start(b->i, b->version, observer_);
+    } else if (!r->try_call_start(b->i, b->version, observer_)) {
       close(b);
       return refused();
     }
@@ -239,17 +247,16 @@ class under_gate {
 
   [[gnu::always_inline]] static void close(ticket b) noexcept {
     auto& domain = b->audience->domain();
-    const auto section = b->section;
     domain.cells().give_back(b);
-    domain.read_unlock(section);
+    domain.read_unlock_unordered();
   }
 
   template <bool FirstYes>
   MMUNOTIFY_COLD bool ask_young_armed(young_hook<Key> hook, basic_range<Key> r) noexcept {
-    const entered in = enter();
-    if (in.audience == nullptr) return false;
-    const bool young = in.audience->template ask_young<FirstYes>(hook, r, observer_);
-    in.audience->domain().read_unlock(in.section);
+    entry* const asked = enter();
+    if (asked == nullptr) return false;
+    const bool young = asked->template ask_young<FirstYes>(hook, r, observer_);
+    asked->domain().read_unlock_unordered();
     return young;
   }
 

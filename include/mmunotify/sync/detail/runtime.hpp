@@ -7,8 +7,9 @@
 //   thread B  -> slab B: [word of slot 0][word of slot 1][word of slot 2] ...
 //
 // A slab belongs to one thread, which alone stores to it; a domain is an index (its slot) into every slab. So a domain
-// costs a thread 8 bytes (the cells behind the words are for open brackets), and two threads never store to the same cache line. Slabs are reserved address space; a page
-// of one is committed when its thread first enters a section of one of the page's 512 domains.
+// costs a thread 8 bytes (the cells behind the words are for open brackets), and two threads never store to the same
+// cache line. Slabs are reserved address space; a page of one is committed when its thread first enters a section of
+// one of the page's 256 domains.
 //
 // Records are immortal and recycled: a grace period walks them without a lock. The thread finds its slab through one
 // constinit thread_local pair {runtime, slab}; the runtime is compared on every entry, because inline variables are
@@ -29,9 +30,15 @@
 MMUNOTIFY_BEGIN_NAMESPACE
 namespace detail {
 
-/// One word of a slab: 0 outside of the domain's sections, else the domain's sequence at the entry of the outermost.
-using section_word = std::atomic<std::uint64_t>;
-static_assert(sizeof(section_word) == 8 && section_word::is_always_lock_free);
+/// What a slab holds for one domain.
+struct section_slot {
+  /// 0 outside of the domain's sections, else the domain's sequence at the entry of the outermost. Written by the
+  /// owner.
+  std::atomic<std::uint64_t> word;
+  /// Open sections of the unordered kind besides the outermost. The owner's alone.
+  std::uint64_t nested;
+};
+static_assert(sizeof(section_slot) == 16 && std::atomic<std::uint64_t>::is_always_lock_free);
 
 /// Fixed-size cells of a thread's own, in its slab: what an armed bracket has to remember from its start to its end.
 /// Taking one is two loads and a store, allocates nothing (the pages of the slab are committed on first touch), and is
@@ -67,7 +74,7 @@ class runtime;
 
 template <class Platform>
 struct thread_record {
-  static constexpr std::size_t words_size = std::size_t{Platform::slots} * sizeof(section_word);
+  static constexpr std::size_t words_size = std::size_t{Platform::slots} * sizeof(section_slot);
   static constexpr std::size_t cells_offset = (words_size + 63) & ~std::size_t{63};
   static constexpr std::size_t slab_size =
       cells_offset + sizeof(thread_cells) + thread_cells::count * sizeof(thread_cells::cell);
@@ -77,10 +84,11 @@ struct thread_record {
   std::atomic<bool> in_use{true};
   thread_record* next = nullptr;  // never changes once the record is on the list
 
-  section_word& word(std::uint32_t slot) const noexcept {
-    // The slab is zeroed memory of the right size and alignment, and the zero word is a valid section_word.
-    return *std::launder(reinterpret_cast<section_word*>(slab + std::size_t{slot} * sizeof(section_word)));
+  [[gnu::always_inline]] static section_slot& slot_in(std::byte* slab, std::uint32_t slot) noexcept {
+    // The slab is zeroed memory of the right size and alignment, and all zeros are a valid section_slot.
+    return *std::launder(reinterpret_cast<section_slot*>(slab + std::size_t{slot} * sizeof(section_slot)));
   }
+  section_slot& at(std::uint32_t slot) const noexcept { return slot_in(slab, slot); }
   [[gnu::always_inline]] static thread_cells& cells_in(std::byte* slab) noexcept {
     return *std::launder(reinterpret_cast<thread_cells*>(slab + cells_offset));
   }
@@ -119,8 +127,8 @@ class runtime {
     return r;
   }
 
-  /// Makes the pthread key. Every domain calls it when it is made, so that the function that runs at thread exit is that
-  /// of the copy of the library that owns this runtime. Returns: false if the process has no key left.
+  /// Makes the pthread key. Every domain calls it when it is made, so that the function that runs at thread exit is
+  /// that of the copy of the library that owns this runtime. Returns: false if the process has no key left.
   bool prepare() noexcept {
     std::call_once(once_, [this] { ready_ = Platform::create_exit_key(key_, &thread_exits); });
     return ready_;
@@ -189,9 +197,11 @@ class runtime {
       limit = home.next_slot_;
     }
     for (std::uint32_t slot = 1; slot < limit; ++slot) {
-      if (r->word(slot).load(std::memory_order_relaxed) == 0) continue;
+      section_slot& open = r->at(slot);
+      if (open.word.load(std::memory_order_relaxed) == 0) continue;
       violated("S8", "thread exit", "a thread exits inside a read section (domain slot %u)", slot);
-      r->word(slot).store(0, std::memory_order_release);  // (r5) pairs with the grace period's scan, srcu_domain (d3)
+      open.nested = 0;
+      open.word.store(0, std::memory_order_release);  // (r5) pairs with the grace period's scan, srcu_domain (d3)
     }
     r->in_use.store(false, std::memory_order_release);  // (r3) pairs with (r4)
   }
@@ -214,8 +224,8 @@ template <class Platform>
 constinit inline runtime<Platform> runtime<Platform>::own_{};
 
 template <class Platform>
-[[gnu::tls_model("initial-exec")]] constinit inline thread_local typename runtime<Platform>::thread_view
-    runtime<Platform>::view_{nullptr, nullptr};
+[[gnu::tls_model("initial-exec")]] constinit inline thread_local
+    typename runtime<Platform>::thread_view runtime<Platform>::view_{nullptr, nullptr};
 
 }  // namespace detail
 MMUNOTIFY_END_NAMESPACE
