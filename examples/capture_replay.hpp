@@ -39,7 +39,11 @@ struct report {
     ++mismatches;
     if (first.size() >= keep) return;
     char text[400];
-    std::snprintf(text, sizeof text, format, values...);
+    if constexpr (sizeof...(Values) == 0) {
+      std::snprintf(text, sizeof text, "%s", format);
+    } else {
+      std::snprintf(text, sizeof text, format, values...);
+    }
     first.emplace_back(text);
   }
 };

@@ -412,6 +412,7 @@ class show {
   void watch() {
     double next = 1;
     double moved = 0;
+    double stopped = 0;
     std::uint64_t seen = 0;
     while (running_.load() != 0) {
       std::this_thread::sleep_for(std::chrono::milliseconds(20));
@@ -419,8 +420,9 @@ class show {
       const std::uint64_t accesses = tally_.accesses.load();
       if (accesses != seen) moved = now;
       seen = accesses;
-      if (now - moved > stalled_after) {
-        std::fprintf(stderr, "MISMATCH: no access has come to an end for %.0f s\n", stalled_after);
+      if (!stop_.load()) stopped = now;
+      if (now - moved > stalled_after || now - stopped > stalled_after / 2) {
+        std::fprintf(stderr, "MISMATCH: %s\n", stop_.load() ? "a vCPU does not stop" : "no access comes to an end");
         std::_Exit(1);
       }
       if (options_.accesses == 0 && now >= static_cast<double>(options_.seconds)) stop_.store(true);
@@ -461,7 +463,7 @@ class show {
                 seconds_);
     row("accesses checked", accesses);
     row("translations recorded", list_.size());
-    row("translations touched", touched);
+    row("translations checked", touched);
     row("mismatches", tally_.mismatches.load());
     row("guest page faults, as recorded", tally_.guest_faults.load());
     row("refused while not mapped", tally_.refused.load());

@@ -43,6 +43,30 @@ TEST_CASE_TEMPLATE("P1: every end seen had a start seen, also around registratio
   CHECK(log.back() == "early:release");
 }
 
+TEST_CASE("P1: who registers while an armed bracket is in flight does not see its end") {
+  tracked_primary primary;
+  counting_client old_client;
+  counting_client new_client;
+  subscriber<counting_client> old_node{old_client};
+  subscriber<counting_client> new_node{new_client};
+  REQUIRE(primary.join(old_node) == errc::ok);
+  std::atomic<bool> open{false};
+  std::thread changer([&] {
+    const auto inv = primary.space.invalidate({0, 1}, event::unmap);
+    open.store(true, std::memory_order_release);
+    while (!new_node.linked()) std::this_thread::yield();  // on the list; its registration waits for this bracket
+    let_others_run();
+  });
+  wait_for(open);
+  REQUIRE(primary.join(new_node) == errc::ok);
+  changer.join();
+  CHECK(old_client.starts.load() == 1);
+  CHECK(old_client.ends.load() == 1);
+  CHECK(new_client.starts.load() == 0);
+  CHECK(new_client.ends.load() == 0);
+  for (auto* n : {&old_node, &new_node}) CHECK(primary.space.unregister(*n) == errc::ok);
+}
+
 TEST_CASE("P7: a tracked registration waits for every bracket that is in flight") {
   tracked_primary primary;
   counting_client client;
@@ -282,17 +306,15 @@ TEST_CASE("D5: a disarmed address space costs 8 bytes") {
     REQUIRE(space.register_subscriber(node, held) == errc::ok);
     CHECK(space.unregister(node) == errc::ok);
   }
-  int registries = 0;
-  std::array<detail::registry_pool<std::uintptr_t>::entry*, spaces> taken{};
-  std::uint64_t used = 0;
-  do {  // those in the pool that have run grace periods are the ones that served above
-    taken[static_cast<std::size_t>(registries)] = detail::registry_pool<std::uintptr_t>::take();
-    used = taken[static_cast<std::size_t>(registries)]->domain().grace_periods();
-    ++registries;
-  } while (used != 0 && registries < spaces);
-  for (int i = 0; i < registries; ++i) {
-    detail::registry_pool<std::uintptr_t>::give_back(taken[static_cast<std::size_t>(i)]);
-  }
+  // Take out of the pool what has run grace periods: these served above. There must be some, and few.
+  using pool = detail::registry_pool<std::uintptr_t>;
+  std::vector<pool::entry*> taken;
+  do {
+    taken.push_back(pool::take());
+  } while (taken.back()->domain().grace_periods() != 0 && taken.size() < spaces);
+  const std::size_t registries = taken.size() - 1;
+  for (auto* e : taken) pool::give_back(e);
+  CHECK(registries >= 1);
   CHECK(registries < 10);
 }
 #endif
@@ -321,6 +343,32 @@ TEST_CASE_TEMPLATE("L6: a refused registration leaves no trace", P, EVERY_PRIMAR
   CHECK(a.releases.load() == 1);
   CHECK(other.join(na) == errc::ok);
   CHECK(other.space.unregister(na) == errc::ok);
+}
+
+TEST_CASE_TEMPLATE("L6: a space that is being released takes nobody any more, though subscribers are still there", P,
+                   EVERY_PRIMARY) {
+  struct lingering_client {
+    std::atomic<bool> entered{false};
+    std::atomic<bool> may_leave{false};
+    void release() noexcept {
+      entered.store(true, std::memory_order_release);
+      wait_for(may_leave);
+    }
+  };
+  P primary;
+  lingering_client lingering;
+  counting_client late;
+  subscriber<lingering_client> node{lingering};
+  subscriber<counting_client> late_node{late};
+  REQUIRE(primary.join(node) == errc::ok);
+  std::thread releasing([&] { CHECK(primary.space.release() == errc::ok); });
+  wait_for(lingering.entered);
+  CHECK(primary.space.armed());
+  CHECK(primary.join(late_node) == errc::released);
+  CHECK_FALSE(late_node.registered());
+  lingering.may_leave.store(true, std::memory_order_release);
+  releasing.join();
+  CHECK(late.releases.load() == 0);
 }
 
 TEST_CASE_TEMPLATE("L6: empty ranges concern nobody, reversed ones are a contract failure", P, EVERY_PRIMARY) {
@@ -496,6 +544,21 @@ TEST_CASE_TEMPLATE("L3: release returns only after the hook that a concurrent un
     CHECK(client.completed.load() == 1);
     leaver.join();
     CHECK(client.completed.load() == 1);
+  }
+}
+
+TEST_CASE_TEMPLATE("L1: of two threads that unregister a node both return only when it is gone", P, EVERY_PRIMARY) {
+  for (int round = 0; round < 20; ++round) {
+    P primary;
+    slow_release client;
+    subscriber<slow_release> node{client};
+    REQUIRE(primary.join(node) == errc::ok);
+    std::thread first([&] { CHECK(primary.space.unregister(node) == errc::ok); });
+    wait_for(client.entered);
+    static_cast<void>(primary.space.unregister(node));  // ok, or not_registered if the other one was quick
+    CHECK(client.completed.load() == 1);
+    CHECK_FALSE(node.registered());
+    first.join();
   }
 }
 

@@ -30,7 +30,7 @@ TEST_CASE("a witness owns its mutex now") {
 TEST_CASE("P7: spaces that arm and disarm all the time share registries and never each other's subscribers") {
   // The late bracket: it has loaded the address of a registry that is detached and serves another space meanwhile.
   constexpr std::size_t spaces = 3;
-  constexpr int rounds = 400;
+  constexpr int rounds = 1500;
   struct owner_check {
     std::atomic<int>* foreign;
     std::uintptr_t mine;
@@ -45,7 +45,7 @@ TEST_CASE("P7: spaces that arm and disarm all the time share registries and neve
   std::atomic<int> foreign{0};
   std::atomic<bool> stop{false};
   std::vector<std::thread> changers;
-  for (std::size_t t = 0; t < 2; ++t) {
+  for (std::size_t t = 0; t < 4; ++t) {
     changers.emplace_back([&, t] {
       small_random random(t + 3);
       while (!stop.load(std::memory_order_relaxed)) {

@@ -118,6 +118,31 @@ TEST_CASE("a walker that stands on a removed node walks on") {
   CHECK(list.remove(e[0]) == errc::ok);
 }
 
+TEST_CASE("L1: a removal returns only when nobody stands on the node any more") {
+  srcu_domain domain;
+  lockfree_hlist<element> list(domain);
+  element e;
+  REQUIRE(list.push_front(e) == errc::ok);
+  std::atomic<bool> standing{false};
+  std::atomic<bool> removing{false};
+  std::atomic<bool> left{false};
+  std::thread walker([&] {
+    const read_section s(domain);
+    for (element& x : list) {
+      CHECK(&x == &e);
+      standing.store(true, std::memory_order_release);
+      wait_for(removing);
+      let_others_run();
+      left.store(true, std::memory_order_relaxed);
+    }
+  });
+  wait_for(standing);
+  removing.store(true, std::memory_order_release);
+  CHECK(list.remove(e) == errc::ok);
+  CHECK(left.load(std::memory_order_relaxed));
+  walker.join();
+}
+
 TEST_CASE("L1: a node or list that is destroyed while linked is reported") {
   const contract_recorder recorder;
   srcu_domain domain;

@@ -171,6 +171,26 @@ TEST_CASE_TEMPLATE("S5: grace periods end although new readers keep coming, and 
   CHECK(domain.grace_periods() <= 400);
 }
 
+TEST_CASE_TEMPLATE("S5: a section that begins after the grace period is not waited for", Platform, linux_platform,
+                   no_membarrier) {
+  basic_srcu_domain<Platform> domain;
+  std::atomic<bool> inside{false};
+  std::atomic<bool> done{false};
+  std::thread reader([&] {
+    {
+      const basic_read_section old_one(domain);
+      inside.store(true, std::memory_order_release);
+      while (domain.grace_periods() == 0) std::this_thread::yield();
+    }
+    const basic_read_section new_one(domain);
+    wait_for(done);  // a grace period that waited for us would never return
+  });
+  wait_for(inside);
+  domain.synchronize();
+  done.store(true, std::memory_order_release);
+  reader.join();
+}
+
 TEST_CASE("S6: sections nest; only the outermost ends the section") {
   srcu_domain domain;
   std::atomic<bool> nested_left{false};

@@ -14,6 +14,7 @@
 //   fault:   s = window.read_begin();  page = lookup();  lock();  if (window.retry(s, range)) again;  install
 //   start:   lock();  window.start(range);  drop mappings;  unlock();
 //   end:     lock();  window.end(range);  unlock();
+//   again registered, after having been unregistered:  lock();  window.forget();  unlock();
 //
 // start, end and retry are called under the client's own lock; read_begin and check_retry from anywhere.
 //
@@ -88,6 +89,16 @@ class invalidation_window {
     const std::uint64_t n = finished_.load(std::memory_order_relaxed);
     history_[n % History].store(r);
     finished_.store(n + 1, std::memory_order_release);  // (w1) pairs with (w2)
+  }
+
+  /// Effects: every snapshot taken before collides with everything. For a client that was unregistered and is
+  /// registered again: brackets that it was not told of may have run since. Preconditions: under the client's lock,
+  /// after the registration and before mappings are made again.
+  void forget() noexcept {
+    const change c(version_);
+    // (w1) pairs with (w2). Older snapshots now lie before the history; what it holds is old, and hits at most too
+    // often.
+    finished_.store(finished_.load(std::memory_order_relaxed) + History + 1, std::memory_order_release);
   }
 
   /// Returns: how many brackets are open. May be stale on arrival.

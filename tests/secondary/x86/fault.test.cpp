@@ -45,6 +45,21 @@ TEST_CASE("K1: an entry is installed only if no overlapping bracket ran since be
   f.check();
 }
 
+TEST_CASE("K1: a fault that looked its page up before the MMU was unregistered installs nothing after it is back") {
+  fixture f;
+  f.when_pinned(data_page, [&] {
+    f.mmu.release();
+    f.host.migrate(f.host_of(data_page));  // no bracket reaches an MMU that is not registered
+    f.mmu.resume();
+  });
+  CHECK(f.cpu.prefault(va, access::read).what == outcome::again);
+  CHECK_FALSE(f.cpu.hits(va, access::read));
+  f.host.during_pin = nullptr;
+  const seen s = touch(f.cpu, va, access::read);
+  CHECK(s.at == f.now(data_page));
+  f.check();
+}
+
 TEST_CASE("K1: an entry is installed only if no overlapping bracket is open, and one byte of overlap is enough") {
   fixture f;
   const auto page = x86::page_range(f.host_of(data_page));

@@ -44,7 +44,7 @@ class tracked_gate {
     registry_.domain().read_lock_unordered();
     if (!armed()) [[likely]]
       return nullptr;
-    const ticket t = try_start_armed(r.first, r.last, e, owner);
+    ticket t = try_start_armed(r.first, r.last, e, owner);
     if (t == refused()) registry_.domain().read_unlock_unordered();
     return t;
   }

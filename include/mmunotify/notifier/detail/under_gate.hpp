@@ -74,7 +74,7 @@ class under_gate {
     open_.add(1);
     if (!armed()) [[likely]]
       return nullptr;
-    const ticket t = start_armed<false>(r.first, r.last, e, owner);
+    ticket t = start_armed<false>(r.first, r.last, e, owner);
     if (t == refused()) open_.add(-1);
     return t;
   }
@@ -201,7 +201,7 @@ class under_gate {
 #if defined(__clang__)
   template <bool Blockable>
   [[gnu::always_inline]] ticket start_armed(Key first, Key last, event e, const void* owner) noexcept {
-    ticket t;
+    ticket t = nullptr;
     start_armed_into<Blockable>(t, first, last, e, owner);
     return t;
   }

@@ -132,9 +132,11 @@ class shadow_mmu {
 
   // --- The owner. ---------------------------------------------------------------------------------------------------
 
-  /// Effects: faults map again. Precondition: the owner has registered the MMU anew. Context: not in a callback.
+  /// Effects: faults map again; those that are under way since before retry, because brackets may have passed the MMU
+  /// by meanwhile. Precondition: the owner has registered the MMU anew. Context: not in a callback.
   void resume() noexcept {
     const std::lock_guard locked{tables_.lock()};
+    window_.forget();
     tables_.set_released(false);
   }
 

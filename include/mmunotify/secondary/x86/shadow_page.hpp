@@ -151,7 +151,8 @@ struct alignas(shadow_page_alignment) shadow_page {
   }
 };
 
-static_assert(alignof(shadow_page) == shadow_page_alignment && entries_per_table * 2 <= shadow_page_alignment,
+static_assert(alignof(shadow_page) == shadow_page_alignment &&
+                  std::size_t{entries_per_table} * 2 <= shadow_page_alignment,
               "an entry place must fit into one word");
 
 /// All shadow pages: by (frame, role), and by age. Under the MMU lock.
