@@ -383,8 +383,13 @@ TEST_CASE_TEMPLATE("L6: empty ranges concern nobody, reversed ones are a contrac
   CHECK(recorder.rules().empty());
   { const auto inv = primary.space.invalidate({6, 5}, event::unmap); }
   { const auto inv = primary.space.invalidate({top - 4095, 0}, event::unmap); }  // wraps
-  { const auto inv = primary.space.try_invalidate({6, 5}, event::unmap); }
-  CHECK(recorder.rules().size() == 3);
+  {
+    const auto inv = primary.space.try_invalidate({6, 5}, event::unmap);
+    CHECK_FALSE(static_cast<bool>(inv));
+  }
+  CHECK_FALSE(primary.space.test_young({7, 3}));
+  CHECK_FALSE(primary.space.clear_young({3, 3}));
+  CHECK(recorder.rules().size() == 4);
   CHECK(a.starts.load() == 0);
   CHECK(a.ends.load() == 0);
   { const auto inv = primary.space.invalidate({0, top}, event::unmap); }
@@ -492,6 +497,129 @@ TEST_CASE_TEMPLATE("L5: unregister is legal before, during and after the release
   CHECK(primary.space.unregister(nb) == errc::not_registered);
   CHECK(primary.space.release() == errc::ok);
   CHECK(b.releases.load() == 1);
+}
+
+TEST_CASE_TEMPLATE("L5: unregister during the release of the space waits until the node is free", P, EVERY_PRIMARY) {
+  for (int round = 0; round < 200; ++round) {
+    P primary;
+    counting_client a;
+    subscriber<counting_client> node{a};
+    REQUIRE(primary.join(node) == errc::ok);
+    std::atomic<bool> go{false};
+    std::thread releasing([&] {
+      go.store(true, std::memory_order_release);
+      CHECK(primary.space.release() == errc::ok);
+    });
+    wait_for(go);
+    CHECK(primary.space.unregister(node) == errc::ok);
+    CHECK_FALSE(node.registered());
+    releasing.join();
+    CHECK(a.releases.load() == 1);
+    CHECK_FALSE(primary.space.armed());
+  }
+}
+
+TEST_CASE_TEMPLATE("L5: unregister from a space that has never seen the node, or not lately, is an error value", P,
+                   EVERY_PRIMARY) {
+  counting_client a;
+  subscriber<counting_client> node{a};
+  {
+    P gone;
+    REQUIRE(gone.join(node) == errc::ok);
+    CHECK(gone.space.unregister(node) == errc::ok);
+  }
+  P primary;
+  CHECK(primary.space.unregister(node) == errc::not_registered);
+  P other;
+  REQUIRE(other.join(node) == errc::ok);
+  CHECK(primary.space.unregister(node) == errc::not_registered);
+  CHECK(other.space.release() == errc::ok);
+  CHECK(primary.space.unregister(node) == errc::not_registered);
+  CHECK(other.space.unregister(node) == errc::ok);
+}
+
+TEST_CASE_TEMPLATE("L7: a release that is refused has changed nothing", P, EVERY_PRIMARY) {
+  P primary;
+  counting_client a;
+  counting_client b;
+  subscriber<counting_client> na{a};
+  subscriber<counting_client> nb{b};
+  REQUIRE(primary.join(na) == errc::ok);
+  const contract_recorder recorder;
+  {
+    const auto reading = primary.lock();
+    const auto inv = primary.space.invalidate({0, 1}, event::unmap);
+    CHECK(primary.space.release() == errc::would_deadlock);
+  }
+  CHECK(primary.join(nb) == errc::ok);
+  for (auto* n : {&na, &nb}) CHECK(primary.space.unregister(*n) == errc::ok);
+}
+
+TEST_CASE("L6: a registration that found no slot leaves no trace, and the next one may succeed") {
+  std::vector<std::unique_ptr<srcu_domain>> all;
+  do {
+    all.push_back(std::make_unique<srcu_domain>());
+  } while (all.back()->status() == errc::ok);
+  counting_client a;
+  subscriber<counting_client> node{a};
+  {
+    // Registries that the pool still holds have slots: use them up.
+    std::vector<std::unique_ptr<under_primary>> spaces;
+    std::vector<std::unique_ptr<subscriber<counting_client>>> nodes;
+    errc e = errc::ok;
+    while (e == errc::ok) {
+      spaces.push_back(std::make_unique<under_primary>());
+      nodes.push_back(std::make_unique<subscriber<counting_client>>(a));
+      e = spaces.back()->join(*nodes.back());
+    }
+    CHECK(e == errc::no_slot);
+    CHECK_FALSE(nodes.back()->registered());
+    CHECK_FALSE(spaces.back()->space.armed());
+    for (std::size_t i = 0; i + 1 < nodes.size(); ++i) CHECK(spaces[i]->space.unregister(*nodes[i]) == errc::ok);
+    tracked_primary tracked;
+    CHECK(tracked.join(node) == errc::no_slot);
+    all.clear();
+    CHECK(spaces.back()->join(*nodes.back()) == errc::ok);
+    CHECK(spaces.back()->space.unregister(*nodes.back()) == errc::ok);
+  }
+}
+
+TEST_CASE_TEMPLATE("P2: a bracket that is ended twice is reported, and ended once", P, EVERY_PRIMARY) {
+  P primary;
+  counting_client a;
+  subscriber<counting_client> node{a};
+  REQUIRE(primary.join(node) == errc::ok);
+  const contract_recorder recorder;
+  {
+    const auto reading = primary.lock();
+    const auto ticket = primary.space.invalidate_range_start({{0, 1}, event::unmap});
+    primary.space.invalidate_range_end(ticket);
+    primary.space.invalidate_range_end(ticket);
+  }
+  CHECK(recorder.rules() == log_type{"P2"});
+  CHECK(a.ends.load() == 1);
+  CHECK(primary.space.unregister(node) == errc::ok);
+}
+
+TEST_CASE_TEMPLATE("P3: a client that refuses a start that may block is reported", P, EVERY_PRIMARY) {
+  struct stubborn_client {
+    int ends = 0;
+    bool invalidate_range_start(const invalidation&) noexcept { return false; }
+    void invalidate_range_end(const invalidation&) noexcept { ++ends; }
+  };
+  P primary;
+  stubborn_client a;
+  subscriber<stubborn_client> node{a};
+  REQUIRE(primary.join(node) == errc::ok);
+  const contract_recorder recorder;
+  {
+    const auto reading = primary.lock();
+    const auto inv = primary.space.invalidate({0, 1}, event::unmap);
+    CHECK(static_cast<bool>(inv));
+  }
+  CHECK(recorder.rules() == log_type{"P3"});
+  CHECK(a.ends == 1);
+  CHECK(primary.space.unregister(node) == errc::ok);
 }
 
 TEST_CASE_TEMPLATE("a node that the space has released may be destroyed, or registered elsewhere, without unregister",
@@ -674,6 +802,24 @@ TEST_CASE("an address space is keyed by what its primary counts in") {
   { const auto inv = pages.invalidate_page(gva{0x1234}, event::clear); }
   CHECK(pc.last == basic_range<gva>{gva{0x1000}, gva{0x2000}});
   CHECK(pages.unregister(pn) == errc::ok);
+}
+
+TEST_CASE_TEMPLATE("a bracket of one page takes the whole page, also the last one", P, EVERY_PRIMARY) {
+  P primary;
+  log_type log;
+  logging_client a{log, "a"};
+  subscriber<logging_client> node{a};
+  REQUIRE(primary.join(node) == errc::ok);
+  const std::uintptr_t top = ~std::uintptr_t{0};
+  {
+    const auto reading = primary.lock();
+    { const auto inv = primary.space.invalidate_page(0x1fff, event::clear); }
+    { const auto inv = primary.space.invalidate_page(top, event::clear); }
+  }
+  REQUIRE(log.size() == 4);
+  CHECK(log[0] == "a:start[4096,8192)");
+  CHECK(log[2] == "a:start[" + std::to_string(top - 4095) + "," + std::to_string(top) + ")");
+  CHECK(primary.space.unregister(node) == errc::ok);
 }
 
 TEST_CASE_TEMPLATE("the plain calls and the closure form are the same bracket", P, EVERY_PRIMARY) {

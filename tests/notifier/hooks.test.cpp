@@ -29,8 +29,11 @@ struct nothing {};
 struct wrong_signature {
   void invalidate_range_start(int) {}
 };
-struct final_and_wrong final {
-  void release(int) {}
+class private_hook {
+  void release() {}
+
+ public:
+  void use() { release(); }
 };
 struct overloaded {
   void release() {}
@@ -47,7 +50,7 @@ static_assert(has_refusing_start<refusing> && !has_start<refusing>);
 
 // What the static_asserts of a subscriber look at: a hook of the right name and the wrong signature is found.
 static_assert(detail::names_invalidate_range_start<wrong_signature>());
-static_assert(detail::names_release<final_and_wrong>());
+static_assert(detail::names_release<private_hook>() && !has_release<private_hook>);
 static_assert(detail::names_release<overloaded>() && has_release<overloaded>);
 static_assert(!detail::names_release<nothing>());
 

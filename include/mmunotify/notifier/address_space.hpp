@@ -68,16 +68,19 @@ inline constexpr bool is_under<arming::under<Mutex>> = true;
 
 /// The page of an address: keys that are numbers of bytes, and strong addresses.
 template <class Key>
-concept byte_key = std::unsigned_integral<Key> || requires(Key k) {
+concept byte_key = (std::unsigned_integral<Key> && sizeof(Key) >= 4) || requires(Key k) {
   { k.page() } -> std::same_as<Key>;
 };
 template <byte_key Key>
 constexpr basic_range<Key> page_at(Key k) noexcept {
+  // The last page of the key space ends at its last key: a half-open range cannot say more.
   if constexpr (std::unsigned_integral<Key>) {
     const Key first = k & ~static_cast<Key>(page_mask);
-    return {first, static_cast<Key>(first + page_size)};
+    const Key end = static_cast<Key>(first + page_size);
+    return {first, end != 0 ? end : static_cast<Key>(~Key{0})};
   } else {
-    return {k.page(), k.page() + page_size};
+    const Key first = k.page();
+    return {first, first < first + page_size ? first + page_size : first + page_mask};
   }
 }
 

@@ -66,6 +66,17 @@ struct open_bracket {
 };
 static_assert(sizeof(open_bracket<std::uint64_t>) <= sizeof(thread_cells::cell));
 
+/// Returns: false, after saying so, if the bracket is not open, or not one of this registry and thread. (Checked
+/// builds; whether it was ended before is looked at always.)
+template <address_key Key>
+[[gnu::always_inline]] inline bool is_open(const open_bracket<Key>& b) noexcept {
+  const bool open = b.audience != nullptr && (!MMUNOTIFY_CHECKED || b.audience->domain().held_by_this_thread());
+  if (!open) [[unlikely]] {
+    violated("P2", "address_space::invalidate_range_end", "the bracket has ended before, or is another thread's");
+  }
+  return open;
+}
+
 /// Precondition: inside the registry's section. Never null: a thread that opens more brackets than it has cells is
 /// reported, and ends.
 template <address_key Key>

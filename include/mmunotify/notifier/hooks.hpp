@@ -32,7 +32,7 @@ MMUNOTIFY_BEGIN_NAMESPACE
 namespace detail {
 
 // Does the type have a member of that name, whatever its signature? A derived class that inherits the name from two
-// bases cannot name it: so naming it fails exactly if the client has it, too. Final classes are asked directly.
+// bases cannot name it: so naming it fails exactly if the client has it, too, private ones and overloads included.
 #define MMUNOTIFY_DEFINE_NAMED(hook)                                \
   struct hook##_decoy {                                             \
     int hook;                                                       \
@@ -43,10 +43,7 @@ namespace detail {
   concept lacks_##hook = requires { &hook##_probe<Client>::hook; }; \
   template <class Client>                                           \
   consteval bool names_##hook() {                                   \
-    if constexpr (std::is_final_v<Client>)                          \
-      return requires { &Client::hook; };                           \
-    else                                                            \
-      return !lacks_##hook<Client>;                                 \
+    return !lacks_##hook<Client>;                                   \
   }
 
 MMUNOTIFY_DEFINE_NAMED(invalidate_range_start)
@@ -147,6 +144,8 @@ consteval operations<Key> make_operations() {
 template <class C, class Key>
 consteval bool check_client() {
   static_assert(std::is_class_v<C>, "mmunotify: a subscriber's client must be a class type");
+  static_assert(!std::is_final_v<C>,
+                "mmunotify: a subscriber's client must not be final: its hooks' signatures could not be checked");
   static_assert(!names_invalidate_range_start<C>() || has_start<C, Key> || has_refusing_start<C, Key>,
                 "mmunotify: the client's invalidate_range_start must be callable as "
                 "void (or bool) invalidate_range_start(const basic_invalidation<Key>&)");

@@ -55,7 +55,7 @@ class invalidation_window {
     return open_hits(r) || finished_hits(since, r);
   }
 
-  /// Returns: true: retry() would be true, finally; do not take the lock to learn it. false: a hint.
+  /// Returns: true: this look-up is lost, do not take the lock to learn it. false: a hint.
   /// Progress: wait-free. (C3)
   bool check_retry(snapshot since, range_type r) const noexcept {
     if constexpr (detail::mutated(detail::mutation::no_retry_check)) return false;

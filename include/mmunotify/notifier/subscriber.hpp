@@ -15,6 +15,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 
 #include <mmunotify/config.hpp>
 #include <mmunotify/notifier/hooks.hpp>
@@ -40,7 +41,7 @@ class basic_subscriber : public hlist_node {
 
   /// Returns: true while it belongs to a space. May be stale on arrival when others register or unregister it.
   bool registered() const noexcept {
-    const std::uint32_t p = phase_.load(std::memory_order_relaxed);
+    const std::uint32_t p = phase_.load(std::memory_order_acquire);  // (n4) pairs with (n3): false means it is free
     return p != idle && p != departed;
   }
 
@@ -64,8 +65,9 @@ class basic_subscriber : public hlist_node {
   std::atomic<std::uint64_t> born_{never};
   std::atomic<std::uint64_t> dead_{never};
   std::atomic<std::uint32_t> phase_{idle};
-  std::atomic<const void*> home_{nullptr};    ///< the address space, from joining to idle; compared, never followed
-  basic_subscriber* next_claimed_ = nullptr;  ///< release(): whoever claimed it links it here
+  std::atomic<const void*> home_{nullptr};  ///< the space that it was registered with last; compared, never followed
+  std::atomic<detail::registry<Key>*> where_{nullptr};  ///< the registry that it is linked with
+  basic_subscriber* next_claimed_ = nullptr;            ///< release(): whoever claimed it links it here
 };
 
 /// A registration of `Client`. Fails to compile, with one sentence, if Client has no hook or one of a wrong signature.
@@ -76,6 +78,7 @@ class subscriber : public basic_subscriber<Key> {
   explicit subscriber(Client& client) noexcept
       : basic_subscriber<Key>(detail::operations_for<Client, Key>, &client), client_(client) {
     // Here and not in the class, so that a client may have its own node as a member.
+    static_assert(!std::is_const_v<Client>, "mmunotify: a subscriber's client must not be const");
     static_assert(detail::check_client<Client, Key>());
   }
 

@@ -48,7 +48,7 @@ class hlist_node {
   template <std::derived_from<hlist_node> Node, class Domain>
   friend class lockfree_hlist;
 
-  enum class state : std::uint8_t { idle, live, dying };
+  enum class state : std::uint8_t { idle, inserting, live, dying };
 
   std::atomic<std::uintptr_t> next_{0};  ///< the next hlist_node's address; bit 0: this node is deleted
   std::atomic<state> state_{state::idle};
@@ -74,7 +74,7 @@ class lockfree_hlist {
     hlist_node& n = node;
     auto idle = hlist_node::state::idle;
     // (h1) acquire pairs with (h2): the last life's readers are gone before the links are written.
-    if (!n.state_.compare_exchange_strong(idle, hlist_node::state::live, std::memory_order_acquire,
+    if (!n.state_.compare_exchange_strong(idle, hlist_node::state::inserting, std::memory_order_acquire,
                                           std::memory_order_relaxed)) {
       return errc::already_registered;
     }
@@ -83,6 +83,8 @@ class lockfree_hlist {
       n.next_.store(first, std::memory_order_relaxed);
       // (h3) release pairs with (h4): the node is initialised for whoever finds it (S2).
     } while (!head_.compare_exchange_weak(first, address(n), std::memory_order_release, std::memory_order_relaxed));
+    // (h7) release pairs with (h8): who marks the node finds it linked.
+    n.state_.store(hlist_node::state::live, std::memory_order_release);
     return errc::ok;
   }
 
@@ -91,7 +93,11 @@ class lockfree_hlist {
   [[nodiscard]] bool mark(Node& node) noexcept {
     hlist_node& n = node;
     auto live = hlist_node::state::live;
-    if (!n.state_.compare_exchange_strong(live, hlist_node::state::dying, std::memory_order_relaxed)) return false;
+    // (h8) acquire pairs with (h7).
+    if (!n.state_.compare_exchange_strong(live, hlist_node::state::dying, std::memory_order_acquire,
+                                          std::memory_order_relaxed)) {
+      return false;
+    }
     // (h5) release pairs with (h4): what was done before the deletion is visible to whoever sees the mark.
     n.next_.fetch_or(deleted, std::memory_order_release);
     return true;

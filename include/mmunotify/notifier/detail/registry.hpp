@@ -32,12 +32,12 @@
 MMUNOTIFY_BEGIN_NAMESPACE
 namespace detail {
 
-/// Armed brackets refuse what is no range. Returns: false for an empty one, which concerns nobody, and for a reversed
-/// or wrapping one, which is a contract failure as well.
+/// Armed hooks refuse what is no range. Returns: false for an empty one, which concerns nobody, and for a reversed or
+/// wrapping one, which is a contract failure as well.
 template <address_key Key>
 bool is_valid(basic_range<Key> r) noexcept {
   if (r.last < r.first) [[unlikely]] {
-    violated("bad input", "address_space::invalidate", "the range is reversed or wraps: its last is below its first");
+    violated("bad input", "address_space", "a range is reversed or wraps: its last is below its first");
   }
   return !r.empty();
 }
@@ -66,7 +66,9 @@ class registry {
     for (node& n : list_) {
       if (n.operations_->start == nullptr || !n.hears(g)) continue;
       ++calls;
-      n.operations_->start(n.client_, i);
+      if (!n.operations_->start(n.client_, i)) [[unlikely]] {
+        violated("P3", "invalidate_range_start", "a client refused a start that is blockable; it counts as done");
+      }
     }
     observer.note(observe::occurrence::bracket, 1);
     observer.note(observe::occurrence::callback, calls);
@@ -147,7 +149,6 @@ class registry {
 
   /// Takes a claim back; nothing has happened.
   static void unclaim(node& n) noexcept {
-    n.home_.store(nullptr, std::memory_order_relaxed);
     n.phase_.store(node::idle, std::memory_order_release);  // (n3)
   }
 
@@ -158,6 +159,7 @@ class registry {
     n.born_.store(next, std::memory_order_relaxed);
     static_cast<void>(list_.push_front(n));  // cannot fail: the claim made the node ours
     ++count_;
+    n.where_.store(this, std::memory_order_release);  // (n7) pairs with (n8)
     joining_.fetch_add(1, std::memory_order_relaxed);
     version_.store(next, std::memory_order_release);  // (n1) pairs with (n2)
   }
@@ -171,64 +173,76 @@ class registry {
     if (joining_.fetch_sub(1, std::memory_order_release) == 1) linux_platform::wake(joining_);
   }
 
-  /// Effects: the whole of unregister() for a node whose home is `home`. `disarm()` is called with writers() held when
-  /// the last node has been unlinked; `emptied()` after the second grace period of that removal.
+  /// Effects: the whole of unregister() for a node that where() says is linked here. `disarm()` is called with
+  /// writers() held when the last node has been unlinked, `emptied()` when nobody is at work here any more either.
+  /// Returns: also again, if the node has moved to another registry meanwhile.
   template <observe::observer O, class Disarm, class Emptied>
-  errc leave(node& n, O& observer, Disarm&& disarm, Emptied&& emptied) {
-    if (domain_.held_by_this_thread()) [[unlikely]] {
+  errc leave(node& n, const void* home, O& observer, Disarm&& disarm, Emptied&& emptied) {
+    const claimed c = claim_release(n, home);
+    if (c.error == errc::would_deadlock) {
       violated("L7", "address_space::unregister",
                "called inside a callback or an open bracket of the same address space: it would wait for itself");
-      return errc::would_deadlock;
     }
-    std::uint32_t expected = node::live;
-    if (!n.phase_.compare_exchange_strong(expected, node::leaving, std::memory_order_acquire,  // (n4) pairs with (n3)
-                                          std::memory_order_acquire)) {
-      return wait_until_gone(n, expected);
-    }
+    if (c.error != errc::ok) return c.error;
+    if (c.phase != node::live) return wait_until_gone(n);
     if constexpr (!mutated(mutation::unlink_before_release)) run_release_hook(n, observer);
     kill(n);
-    const bool last = unlink_after_grace_period(n, observer, disarm);
+    grace_period(observer);
+    unlink(n, disarm);
+    grace_period(observer);
     if constexpr (mutated(mutation::unlink_before_release)) run_release_hook(n, observer);
     finish(n, node::idle);
-    if (last) emptied();
+    if (unpin()) emptied();
     return errc::ok;
   }
 
-  /// Effects: runs every release hook that nobody has run, waits for those that others run (L3), and lets go of the
-  /// nodes that it ran. Precondition: no registration can begin any more.
+  /// Effects: the registry serves its space until unpin(), though the last node may go. Precondition: writers() is
+  /// held.
+  void pin_locked() noexcept { ++pins_; }
+
+  /// Effects: runs every release hook that nobody has run, waits for those that others run (L3), lets go of the nodes
+  /// that it ran, and unpins. Preconditions: pinned; no registration can begin any more; not inside a section.
   template <observe::observer O, class Disarm, class Emptied>
   errc release_all(O& observer, Disarm&& disarm, Emptied&& emptied) {
-    if (domain_.held_by_this_thread()) [[unlikely]] {
-      violated("L7", "address_space::release",
-               "called inside a callback or an open bracket of the same address space: it would wait for itself");
-      return errc::would_deadlock;
-    }
     wait_for_joiners();
     node* mine = claim_all(observer);
-    bool last = false;
     for (node* n = mine; n != nullptr; n = n->next_claimed_) kill(*n);
     if (mine != nullptr) grace_period(observer);
-    for (node* n = mine; n != nullptr; n = n->next_claimed_) last |= unlink(*n, disarm);
+    for (node* n = mine; n != nullptr; n = n->next_claimed_) unlink(*n, disarm);
     if (mine != nullptr) grace_period(observer);
     while (mine != nullptr) {
       node* const n = mine;
       mine = n->next_claimed_;  // read first: a departed node may be gone at once
       finish(*n, node::departed);
     }
-    if (last) emptied();
+    if (unpin()) emptied();
     return errc::ok;
   }
 
-  /// unregister() of a node that is not live here. Returns: ok if it was departed, else why not.
-  static errc depart(node& n) noexcept {
-    std::uint32_t expected = node::departed;
-    if (n.phase_.compare_exchange_strong(expected, node::idle, std::memory_order_acq_rel)) return errc::ok;  // (n3)(n4)
-    return errc::not_registered;
+  /// Returns: true inside a callback or an open bracket, after saying so (L7).
+  bool release_would_deadlock() noexcept {
+    if (!domain_.held_by_this_thread()) [[likely]]
+      return false;
+    violated("L7", "address_space::release",
+             "called inside a callback or an open bracket of the same address space: it would wait for itself");
+    return true;
   }
 
-  /// Returns: the space that the node is registered with, null if none.
-  static const void* home_of(const node& n) noexcept { return n.home_.load(std::memory_order_relaxed); }
-  static bool departed(const node& n) noexcept { return n.phase_.load(std::memory_order_relaxed) == node::departed; }
+  /// Returns: the registry that the node is linked with, if that is one of the space `home`; null if the node is not.
+  /// It may be stale at once; claim_release finds out.
+  static registry* where(const node& n, const void* home) noexcept {
+    while (true) {
+      registry* const r = n.where_.load(std::memory_order_acquire);  // (n8) pairs with (n7)
+      if (n.home_.load(std::memory_order_acquire) != home) return nullptr;
+      // A node that comes is claimed (home) before it is linked (where), one that goes is nowhere before that.
+      if (n.where_.load(std::memory_order_acquire) == r) return r;  // (n8)
+    }
+  }
+
+  /// unregister() of a node that is linked nowhere. Returns: ok if the release() of the space `home` had let go of it.
+  static errc depart(node& n, const void* home) noexcept {
+    return n.home_.load(std::memory_order_relaxed) == home ? depart(n) : errc::not_registered;
+  }
 
   template <observe::observer O>
   void grace_period(O& observer) {
@@ -237,11 +251,46 @@ class registry {
   }
 
  private:
+  struct claimed {
+    errc error;           ///< ok: `phase` says what the node was found in
+    std::uint32_t phase;  ///< live: it is leaving now, by us, and the registry is pinned
+  };
+
+  /// One winner (L4). Under the writers' mutex nothing moves that identifies a registration: a node that is linked here
+  /// cannot leave, and so cannot be linked elsewhere.
+  claimed claim_release(node& n, const void* home) noexcept {
+    const std::lock_guard lock(writers_);
+    if (n.where_.load(std::memory_order_relaxed) != this) return {errc::again, 0};
+    if (n.home_.load(std::memory_order_relaxed) != home) return {errc::not_registered, 0};
+    const std::uint32_t phase = n.phase_.load(std::memory_order_acquire);  // (n4) pairs with (n3)
+    if (phase == node::joining) return {errc::not_registered, phase};
+    if (domain_.held_by_this_thread()) return {errc::would_deadlock, phase};
+    if (phase == node::live) {
+      n.phase_.store(node::leaving, std::memory_order_relaxed);
+      pin_locked();
+    }
+    return {errc::ok, phase};
+  }
+
+  /// Returns: true if nobody is linked or at work here any more, and the caller was the last to know.
+  [[nodiscard]] bool unpin() noexcept {
+    const std::lock_guard lock(writers_);
+    return --pins_ == 0 && count_ == 0;
+  }
+
+  /// unregister() after the space's release() is done with the node.
+  static errc depart(node& n) noexcept {
+    std::uint32_t expected = node::departed;
+    if (n.phase_.compare_exchange_strong(expected, node::idle, std::memory_order_acq_rel)) return errc::ok;  // (n3)(n4)
+    return errc::not_registered;
+  }
+
   template <observe::observer O>
   void run_release_hook(node& n, O& observer) {
     if (n.operations_->release != nullptr) {
-      const section s(domain_);
+      domain_.read_lock_unordered();  // the hook may leave a bracket open that it began
       n.operations_->release(n.client_);
+      domain_.read_unlock_unordered();
       observer.note(observe::occurrence::release, 1);
     }
     n.phase_.store(node::released, std::memory_order_release);  // (n3) pairs with (n4)
@@ -256,34 +305,27 @@ class registry {
     version_.store(next, std::memory_order_release);  // (n1) pairs with (n2)
   }
 
-  /// Returns: true if it was the last one; then disarm() has been called.
+  /// Calls disarm() if it was the last one.
   template <class Disarm>
-  bool unlink(node& n, Disarm& disarm) {
+  void unlink(node& n, Disarm& disarm) {
     static_cast<void>(list_.mark(n));  // cannot fail: the phase made the removal ours
     {
       const section s(domain_);
       list_.sweep(s);
     }
     const std::lock_guard lock(writers_);
-    if (--count_ != 0) return false;
-    disarm();
-    return true;
-  }
-
-  template <observe::observer O, class Disarm>
-  bool unlink_after_grace_period(node& n, O& observer, Disarm& disarm) {
-    grace_period(observer);
-    const bool last = unlink(n, disarm);
-    grace_period(observer);
-    return last;
+    if (--count_ == 0) disarm();
   }
 
   void finish(node& n, std::uint32_t phase) noexcept {
     list_.retire(n);
-    n.home_.store(nullptr, std::memory_order_relaxed);
     const auto& word = n.phase_;
-    n.phase_.store(phase, std::memory_order_release);  // (n3) pairs with (n4)
-    linux_platform::wake(word);                        // by address only: the node may already be gone
+    {
+      const std::lock_guard lock(writers_);
+      n.where_.store(nullptr, std::memory_order_relaxed);
+      n.phase_.store(phase, std::memory_order_release);  // (n3) pairs with (n4)
+    }
+    linux_platform::wake(word);  // by address only: the node may already be gone
   }
 
   /// Registrations that began before the release become live, so that their hooks run. They wait for brackets only.
@@ -302,9 +344,7 @@ class registry {
     node* mine = nullptr;
     const section s(domain_);
     for (node& n : list_) {
-      std::uint32_t expected = node::live;
-      if (n.phase_.compare_exchange_strong(expected, node::leaving, std::memory_order_acquire,  // (n4)
-                                           std::memory_order_acquire)) {
+      if (claim_for_release(n)) {
         run_release_hook(n, observer);
         n.next_claimed_ = mine;
         mine = &n;
@@ -313,6 +353,13 @@ class registry {
       }
     }
     return mine;
+  }
+
+  bool claim_for_release(node& n) noexcept {
+    const std::lock_guard lock(writers_);
+    if (n.phase_.load(std::memory_order_acquire) != node::live) return false;  // (n4)
+    n.phase_.store(node::leaving, std::memory_order_relaxed);
+    return true;
   }
 
   static std::uint32_t wait_while(node& n, std::uint32_t phase) noexcept {
@@ -325,8 +372,7 @@ class registry {
   }
 
   /// Another thread is removing the node: L1 holds for this caller, too.
-  static errc wait_until_gone(node& n, std::uint32_t phase) noexcept {
-    if (phase == node::idle || phase == node::joining) return errc::not_registered;
+  static errc wait_until_gone(node& n) noexcept {
     wait_while(n, node::leaving);
     wait_while(n, node::released);
     static_cast<void>(depart(n));
@@ -338,6 +384,7 @@ class registry {
   lockfree_hlist<node> list_{domain_};
   std::mutex writers_;
   std::uint64_t count_ = 0;                ///< linked nodes; under writers_
+  std::uint64_t pins_ = 0;                 ///< threads that unregister or release here; under writers_
   std::atomic<std::uint32_t> joining_{0};  ///< linked nodes that are not live yet
 };
 

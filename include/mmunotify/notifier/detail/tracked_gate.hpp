@@ -35,7 +35,7 @@ class tracked_gate {
 
   [[gnu::always_inline]] void end(ticket t) noexcept {
     if (t != nullptr) [[unlikely]]
-      end_armed(t);
+      return end_armed(t);
     registry_.domain().read_unlock_unordered();
   }
 
@@ -84,16 +84,20 @@ class tracked_gate {
   }
 
   MMUNOTIFY_COLD errc leave(node& n, const void* home) noexcept {
-    if (registry<Key>::departed(n)) return registry<Key>::depart(n);
-    if (registry<Key>::home_of(n) != home) return errc::not_registered;
-    return registry_.leave(
-        n, observer_, [] {}, [] {});
+    while (registry<Key>::where(n, home) == &registry_) {
+      const errc e = registry_.leave(
+          n, home, observer_, [] {}, [] {});
+      if (e != errc::again) return e;
+    }
+    return registry<Key>::depart(n, home);
   }
 
   MMUNOTIFY_COLD errc release() noexcept {
+    if (registry_.release_would_deadlock()) return errc::would_deadlock;
     {
       const std::lock_guard lock(registry_.writers());
       released_ = true;
+      registry_.pin_locked();
     }
     return registry_.release_all(
         observer_, [] {}, [] {});
@@ -129,11 +133,19 @@ class tracked_gate {
     return b;
   }
   MMUNOTIFY_ARMED void end_walk(open_bracket<Key>* b) noexcept {
+    if (!is_open(*b)) [[unlikely]]
+      return;
     registry_.call_end(b->i, b->version, observer_);
+    b->audience = nullptr;
     registry_.domain().cells().give_back(b);
+    registry_.domain().read_unlock_unordered();
   }
 
   MMUNOTIFY_COLD open_bracket<Key>* try_start_armed(Key first, Key last, event e, const void* owner) noexcept {
+    if (last < first) [[unlikely]] {
+      static_cast<void>(is_valid<Key>({first, last}));
+      return refused();
+    }
     open_bracket<Key>* const b = make(first, last, e, owner, false);
     if (b == nullptr || registry_.try_call_start(b->i, b->version, observer_)) return b;
     registry_.domain().cells().give_back(b);
@@ -142,8 +154,11 @@ class tracked_gate {
 
   template <bool FirstYes>
   MMUNOTIFY_COLD bool ask_young_armed(young_hook<Key> hook, basic_range<Key> r) noexcept {
-    const read_section s(registry_.domain());
-    return registry_.template ask_young<FirstYes>(hook, r, observer_);
+    if (!is_valid(r)) return false;
+    registry_.domain().read_lock_unordered();
+    const bool young = registry_.template ask_young<FirstYes>(hook, r, observer_);
+    registry_.domain().read_unlock_unordered();
+    return young;
   }
 
   registry<Key> registry_;

@@ -107,11 +107,13 @@ class under_gate {
   }
 
   MMUNOTIFY_COLD errc leave(node& n, const void* home) noexcept {
-    entry* const r = named();
-    if (registry<Key>::departed(n)) return registry<Key>::depart(n);
-    if (registry<Key>::home_of(n) != home || r == nullptr) return errc::not_registered;
-    return r->leave(
-        n, observer_, [&] { disarm(); }, [&] { pool::give_back(r); });
+    while (true) {
+      auto* const r = static_cast<entry*>(registry<Key>::where(n, home));
+      if (r == nullptr) return registry<Key>::depart(n, home);
+      const errc e = r->leave(
+          n, home, observer_, [&] { disarm(); }, [&] { pool::give_back(r); });
+      if (e != errc::again) return e;
+    }
   }
 
   MMUNOTIFY_COLD errc release() noexcept {
@@ -125,7 +127,9 @@ class under_gate {
       {
         const std::lock_guard lock(r->writers());
         if (named() != r) continue;  // its last subscriber has just left
+        if (r->release_would_deadlock()) return errc::would_deadlock;
         word_.fetch_or(released, std::memory_order_relaxed);
+        r->pin_locked();  // or it could serve another space before we have looked at it
       }
       return r->release_all(
           observer_, [&] { disarm(); }, [&] { pool::give_back(r); });
@@ -145,11 +149,13 @@ class under_gate {
 
   errc link(node& n) noexcept {
     while (true) {
-      entry* const r = named();
-      if (r == nullptr) {
-        if (const errc e = attach(); e != errc::ok) return e;
+      const std::uintptr_t seen = word_.load(std::memory_order_acquire);  // (u2)
+      if (seen == released) return errc::released;
+      if (seen == 0) {
+        if (const errc e = attach(n); e != errc::again) return e;
         continue;
       }
+      entry* const r = at(seen);
       const std::lock_guard lock(r->writers());
       const std::uintptr_t now = word_.load(std::memory_order_relaxed);
       if (at(now) != r) continue;  // its last subscriber has just left
@@ -160,23 +166,28 @@ class under_gate {
     }
   }
 
-  /// Binds a registry to the space.
-  errc attach() noexcept {
-    if (word_.load(std::memory_order_relaxed) == released) return errc::released;
+  /// Binds a registry to the space, with the node as its first: a registry that is bound is never empty.
+  errc attach(node& n) noexcept {
     entry* const r = pool::take();
     if (r == nullptr) return errc::no_memory;
-    r->gate = this;
-    std::uintptr_t expected = 0;
-    errc e = r->domain().status();
-    // (u1) release pairs with (u2), (u3), (u4): the registry is complete for whoever finds it.
-    if (e == errc::ok && !word_.compare_exchange_strong(expected, reinterpret_cast<std::uintptr_t>(r),
-                                                        std::memory_order_release, std::memory_order_relaxed)) {
-      e = expected == released ? errc::released : errc::ok;
-    } else if (e == errc::ok) {
-      return errc::ok;
+    if (const errc e = r->domain().status(); e != errc::ok) {
+      delete r;  // nobody has seen it; the next one may find a slot
+      return e;
+    }
+    {
+      const std::lock_guard lock(r->writers());
+      r->gate = this;
+      std::uintptr_t expected = 0;
+      // (u1) release pairs with (u2), (u3), (u4): the registry is complete for whoever finds it.
+      if (word_.compare_exchange_strong(expected, reinterpret_cast<std::uintptr_t>(r), std::memory_order_release,
+                                        std::memory_order_relaxed)) {
+        r->link_locked(n);
+        r->settle(n, observer_);
+        return errc::ok;
+      }
     }
     pool::give_back(r);
-    return e;
+    return errc::again;
   }
 
   /// Under the writers' mutex, when the last subscriber has been unlinked.
@@ -221,7 +232,7 @@ class under_gate {
   template <bool Blockable>
   MMUNOTIFY_ARMED ticket start_walk(Key first, Key last, event e, const void* owner) noexcept {
     if (!is_valid<Key>({first, last})) [[unlikely]]
-      return nullptr;
+      return last < first && !Blockable ? refused() : nullptr;
     entry* const r = enter();
     if (r == nullptr) [[unlikely]]
       return nullptr;
@@ -240,19 +251,22 @@ class under_gate {
   }
 
   MMUNOTIFY_ARMED static void end_walk(ticket b) noexcept {
+    if (!is_open(*b)) [[unlikely]]
+      return;
     auto* const r = static_cast<entry*>(b->audience);
     r->call_end(b->i, b->version, static_cast<under_gate*>(r->gate)->observer_);
     close(b);
   }
 
   [[gnu::always_inline]] static void close(ticket b) noexcept {
-    auto& domain = b->audience->domain();
+    auto& domain = std::exchange(b->audience, nullptr)->domain();
     domain.cells().give_back(b);
     domain.read_unlock_unordered();
   }
 
   template <bool FirstYes>
   MMUNOTIFY_COLD bool ask_young_armed(young_hook<Key> hook, basic_range<Key> r) noexcept {
+    if (!is_valid(r)) return false;
     entry* const asked = enter();
     if (asked == nullptr) return false;
     const bool young = asked->template ask_young<FirstYes>(hook, r, observer_);

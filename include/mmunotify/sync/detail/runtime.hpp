@@ -15,7 +15,8 @@
 // constinit thread_local pair {runtime, slab}; the runtime is compared on every entry, because inline variables are
 // duplicated between shared objects (clang always, gcc with hidden visibility, dlopen with RTLD_LOCAL): a domain made
 // by one copy of this library and entered through another takes the cold path, which goes through the domain's own
-// runtime. The cold path is also taken always when heavy fences are not to be had: the pair is then never published.
+// runtime. (Limit: the copy that made a runtime must not be unloaded while threads live that used it.) The cold path is
+// also taken always when heavy fences are not to be had: the pair is then never published.
 
 #include <atomic>
 #include <cstddef>
@@ -41,8 +42,8 @@ struct section_slot {
 static_assert(sizeof(section_slot) == 16 && std::atomic<std::uint64_t>::is_always_lock_free);
 
 /// Fixed-size cells of a thread's own, in its slab: what an armed bracket has to remember from its start to its end.
-/// Taking one is two loads and a store, allocates nothing (the pages of the slab are committed on first touch), and is
-/// as safe in a signal handler as a section: whoever interrupts it gives back what it took, and the list is as it was.
+/// Taking one is two loads and a store and allocates nothing (the pages of the slab are committed on first touch). Not
+/// for signal handlers: sections may begin there, brackets may not.
 struct alignas(64) thread_cells {
   struct alignas(64) cell {
     cell* next;
@@ -123,7 +124,10 @@ class runtime {
         return nullptr;
       }
     }
-    if (this == &own_ && asymmetric()) view_ = {this, r->slab};
+    if (this == &own_ && asymmetric() && view_.attached_to != this) {
+      const typename Platform::signal_guard guard;  // a handler must not see half of it
+      view_ = {this, r->slab};
+    }
     return r;
   }
 
@@ -151,8 +155,8 @@ class runtime {
   std::uint32_t take_slot() noexcept {
     const std::lock_guard lock(slots_mutex_);
     if (free_count_ != 0) return free_slots_[--free_count_];
-    if (next_slot_ == Platform::slots) return 0;
-    return next_slot_++;
+    if (slots_used_ == Platform::slots - 1) return 0;
+    return ++slots_used_;
   }
 
   /// Precondition: every word of the slot is 0.
@@ -194,7 +198,7 @@ class runtime {
     std::uint32_t limit = 0;
     {
       const std::lock_guard lock(home.slots_mutex_);
-      limit = home.next_slot_;
+      limit = home.slots_used_ + 1;
     }
     for (std::uint32_t slot = 1; slot < limit; ++slot) {
       section_slot& open = r->at(slot);
@@ -212,7 +216,7 @@ class runtime {
   typename Platform::exit_key key_{};
 
   std::mutex slots_mutex_;
-  std::uint32_t next_slot_ = 1;
+  std::uint32_t slots_used_ = 0;  ///< slots 1 .. slots_used_ have been taken at some time
   std::uint32_t free_count_ = 0;
   std::uint16_t free_slots_[Platform::slots] = {};
 

@@ -26,6 +26,7 @@
 #include <csignal>
 #include <cstddef>
 #include <cstdint>
+#include <ctime>
 
 #include <linux/futex.h>
 #include <linux/membarrier.h>
@@ -85,7 +86,9 @@ struct linux_platform {
 
   static void wait(const std::atomic<std::uint32_t>& word, std::uint32_t value) noexcept {
     const int saved = errno;
-    ::syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+    // Bounded, so that no lost wake-up can be for ever: a thread that exits inside a section wakes nobody.
+    const timespec limit{0, 50'000'000};
+    ::syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, &limit, nullptr, 0);
     errno = saved;
   }
 
