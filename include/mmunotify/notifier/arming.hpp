@@ -25,6 +25,7 @@
 // would be spilled to the stack field by field.
 
 #include <concepts>
+#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
@@ -77,11 +78,11 @@ template <address_key Key>
   return open;
 }
 
-/// Precondition: inside the registry's section. Never null: a thread that opens more brackets than it has cells is
-/// reported, and ends.
+/// Precondition: inside the registry's section, whose begin returned the slab. Never null: a thread that opens more
+/// brackets than it has cells is reported, and ends.
 template <address_key Key>
-[[gnu::always_inline]] inline open_bracket<Key>* make_bracket(registry<Key>& r) noexcept {
-  void* const cell = r.domain().cells().take();
+[[gnu::always_inline]] inline open_bracket<Key>* make_bracket(registry<Key>& r, std::byte* slab) noexcept {
+  void* const cell = r.domain().cells(slab).take();
   if (cell == nullptr) [[unlikely]] {
     violated("P5", "address_space::invalidate", "one thread has %zu brackets open, and cannot have more",
              thread_cells::count);

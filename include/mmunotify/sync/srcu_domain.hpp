@@ -123,39 +123,32 @@ class basic_srcu_domain {
   /// The same for sections of one thread that may end in any order, as brackets do: the section lasts until the last of
   /// them has ended. Dearer by a load and a branch; nested, by a chain through memory. Within one of these, sections of
   /// the other kind begin and end. Progress, errors, context: as read_lock.
-  [[gnu::always_inline]] void read_lock_unordered() noexcept {
+  /// Returns: the thread's slab, for cells(); stable for the thread's life.
+  [[gnu::always_inline]] std::byte* read_lock_unordered() noexcept {
     const auto view = runtime::view();
-    if (view.attached_to != runtime_) [[unlikely]] {
+    if (view.attached_to != runtime_) [[unlikely]]
       return read_lock_unordered_cold();
-    }
     slot& s = slot_in(view.slab);
     if (enter(s.word).nested()) [[unlikely]]
       ++s.nested;
     Platform::light();
+    return view.slab;
   }
-  [[gnu::always_inline]] void read_unlock_unordered() noexcept {
-    slot& s = own_slot();
-    Platform::light();
-    if (s.nested != 0) [[unlikely]] {
-      --s.nested;
-      return;
-    }
-    section_token t;
-    t.outermost_ = &s.word;
-    read_unlock(t);
+  [[gnu::always_inline]] void read_unlock_unordered() noexcept { end_unordered(slot_in(own_slab())); }
+  /// The same, and gives a cell back that was taken in the section.
+  [[gnu::always_inline]] void read_unlock_unordered(void* cell) noexcept {
+    std::byte* const slab = own_slab();
+    cells(slab).give_back(cell);
+    end_unordered(slot_in(slab));
   }
 
-  /// Memory of the calling thread's own for what a section has to remember. Precondition: inside a section.
-  [[gnu::always_inline]] detail::thread_cells& cells() noexcept {
-    const auto view = runtime::view();
-    if (view.attached_to != runtime_) [[unlikely]] {
-      return detail::thread_record<Platform>::cells_in(attached().slab);
-    }
-    return detail::thread_record<Platform>::cells_in(view.slab);
+  /// Memory of the calling thread's own for what a section has to remember. slab: what read_lock_unordered returned.
+  [[gnu::always_inline]] static detail::thread_cells& cells(std::byte* slab) noexcept {
+    return detail::thread_record<Platform>::cells_in(slab);
   }
 
   /// Returns: true inside a section of this domain (in a callback or an open bracket, for an address space).
-  bool held_by_this_thread() noexcept { return own_slot().word.load(std::memory_order_relaxed) != 0; }
+  bool held_by_this_thread() noexcept { return slot_in(own_slab()).word.load(std::memory_order_relaxed) != 0; }
 
   /// Effects: does what the thread's first section would do. Returns: ok, or no_memory.
   errc attach_this_thread() noexcept { return runtime_->attach() != nullptr ? errc::ok : errc::no_memory; }
@@ -202,12 +195,22 @@ class basic_srcu_domain {
     return detail::thread_record<Platform>::slot_in(slab, slot_);
   }
 
-  [[gnu::always_inline]] slot& own_slot() noexcept {
+  [[gnu::always_inline]] std::byte* own_slab() noexcept {
     const auto view = runtime::view();
-    if (view.attached_to != runtime_) [[unlikely]] {
-      return attached().at(slot_);
+    if (view.attached_to != runtime_) [[unlikely]]
+      return attached().slab;
+    return view.slab;
+  }
+
+  [[gnu::always_inline]] void end_unordered(slot& s) noexcept {
+    Platform::light();
+    if (s.nested != 0) [[unlikely]] {
+      --s.nested;
+      return;
     }
-    return slot_in(view.slab);
+    section_token t;
+    t.outermost_ = &s.word;
+    read_unlock(t);
   }
 
   MMUNOTIFY_COLD typename runtime::record& attached() noexcept {
@@ -225,10 +228,12 @@ class basic_srcu_domain {
     return t;
   }
 
-  MMUNOTIFY_COLD void read_lock_unordered_cold() noexcept {
-    slot& s = attached().at(slot_);
+  MMUNOTIFY_COLD std::byte* read_lock_unordered_cold() noexcept {
+    auto& r = attached();
+    slot& s = r.at(slot_);
     if (enter(s.word).nested()) ++s.nested;
     Platform::full();
+    return r.slab;
   }
 
   MMUNOTIFY_COLD void leave_cold() noexcept {

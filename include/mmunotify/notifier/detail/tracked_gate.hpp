@@ -27,10 +27,10 @@ class tracked_gate {
   // Dekker: registration links the node, then waits for a grace period; a bracket enters the section, then looks for
   // nodes. Either the bracket sees the node, or the registration waits for the bracket.
   [[gnu::always_inline]] ticket start(basic_range<Key> r, event e, const void* owner) noexcept {
-    registry_.domain().read_lock_unordered();
+    std::byte* const slab = registry_.domain().read_lock_unordered();
     if (!armed()) [[likely]]
       return nullptr;
-    return start_armed(r.first, r.last, e, owner);
+    return start_armed(slab, r.first, r.last, e, owner);
   }
 
   [[gnu::always_inline]] void end(ticket t) noexcept {
@@ -41,10 +41,10 @@ class tracked_gate {
 
   /// Returns: refused() if a client refused; then the bracket is over and end() must not be called.
   [[gnu::always_inline]] ticket try_start(basic_range<Key> r, event e, const void* owner) noexcept {
-    registry_.domain().read_lock_unordered();
+    std::byte* const slab = registry_.domain().read_lock_unordered();
     if (!armed()) [[likely]]
       return nullptr;
-    ticket t = try_start_armed(r.first, r.last, e, owner);
+    ticket t = try_start_armed(slab, r.first, r.last, e, owner);
     if (t == refused()) registry_.domain().read_unlock_unordered();
     return t;
   }
@@ -107,11 +107,11 @@ class tracked_gate {
 
  private:
   /// Inside the bracket's section already.
-  [[gnu::always_inline]] open_bracket<Key>* make(Key first, Key last, event e, const void* owner,
+  [[gnu::always_inline]] open_bracket<Key>* make(std::byte* slab, Key first, Key last, event e, const void* owner,
                                                  bool blockable) noexcept {
     if (!is_valid<Key>({first, last})) [[unlikely]]
       return nullptr;
-    open_bracket<Key>* const b = make_bracket(registry_);
+    open_bracket<Key>* const b = make_bracket(registry_, slab);
     b->i.range = {first, last};
     b->i.event = e;
     b->i.owner = owner;
@@ -121,13 +121,15 @@ class tracked_gate {
 
   // As in under_gate: cold ends in the primary's code, fast walks behind them.
 
-  MMUNOTIFY_COLD open_bracket<Key>* start_armed(Key first, Key last, event e, const void* owner) noexcept {
-    return start_walk(first, last, e, owner);
+  MMUNOTIFY_COLD open_bracket<Key>* start_armed(std::byte* slab, Key first, Key last, event e,
+                                                const void* owner) noexcept {
+    return start_walk(slab, first, last, e, owner);
   }
   MMUNOTIFY_COLD void end_armed(open_bracket<Key>* b) noexcept { end_walk(b); }
 
-  MMUNOTIFY_ARMED open_bracket<Key>* start_walk(Key first, Key last, event e, const void* owner) noexcept {
-    open_bracket<Key>* const b = make(first, last, e, owner, true);
+  MMUNOTIFY_ARMED open_bracket<Key>* start_walk(std::byte* slab, Key first, Key last, event e,
+                                                const void* owner) noexcept {
+    open_bracket<Key>* const b = make(slab, first, last, e, owner, true);
     if (b != nullptr) [[likely]]
       registry_.call_start(b->i, b->version, observer_);
     return b;
@@ -137,18 +139,18 @@ class tracked_gate {
       return;
     registry_.call_end(b->i, b->version, observer_);
     b->audience = nullptr;
-    registry_.domain().cells().give_back(b);
-    registry_.domain().read_unlock_unordered();
+    registry_.domain().read_unlock_unordered(b);
   }
 
-  MMUNOTIFY_COLD open_bracket<Key>* try_start_armed(Key first, Key last, event e, const void* owner) noexcept {
+  MMUNOTIFY_COLD open_bracket<Key>* try_start_armed(std::byte* slab, Key first, Key last, event e,
+                                                    const void* owner) noexcept {
     if (last < first) [[unlikely]] {
       static_cast<void>(is_valid<Key>({first, last}));
       return refused();
     }
-    open_bracket<Key>* const b = make(first, last, e, owner, false);
+    open_bracket<Key>* const b = make(slab, first, last, e, owner, false);
     if (b == nullptr || registry_.try_call_start(b->i, b->version, observer_)) return b;
-    registry_.domain().cells().give_back(b);
+    registry_.domain().cells(slab).give_back(b);
     return refused();
   }
 

@@ -193,16 +193,21 @@ class under_gate {
   /// Under the writers' mutex, when the last subscriber has been unlinked.
   void disarm() noexcept { word_.fetch_and(released, std::memory_order_relaxed); }
 
-  /// Enters the section of the registry that the word names. Returns: null if the space is disarmed after all.
-  [[gnu::always_inline]] entry* enter() noexcept {
+  struct entered {
+    entry* audience = nullptr;
+    std::byte* slab = nullptr;
+  };
+
+  /// Enters the section of the registry that the word names. Returns: no audience if the space is disarmed after all.
+  [[gnu::always_inline]] entered enter() noexcept {
     while (true) {
       const std::uintptr_t word = word_.load(std::memory_order_acquire);  // (u2)
       if (word <= released) [[unlikely]]
-        return nullptr;
+        return {};
       entry* const r = at(word);
-      r->domain().read_lock_unordered();
+      std::byte* const slab = r->domain().read_lock_unordered();
       if (word_.load(std::memory_order_acquire) == word) [[likely]]
-        return r;  // (u4): inside the section it stays ours
+        return {r, slab};  // (u4): inside the section it stays ours
       r->domain().read_unlock_unordered();
     }
   }
@@ -233,10 +238,10 @@ class under_gate {
   MMUNOTIFY_ARMED ticket start_walk(Key first, Key last, event e, const void* owner) noexcept {
     if (!is_valid<Key>({first, last})) [[unlikely]]
       return last < first && !Blockable ? refused() : nullptr;
-    entry* const r = enter();
+    const auto [r, slab] = enter();
     if (r == nullptr) [[unlikely]]
       return nullptr;
-    open_bracket<Key>* const b = make_bracket<Key>(*r);
+    open_bracket<Key>* const b = make_bracket<Key>(*r, slab);
     b->i.range = {first, last};
     b->i.event = e;
     b->i.owner = owner;
@@ -259,15 +264,13 @@ class under_gate {
   }
 
   [[gnu::always_inline]] static void close(ticket b) noexcept {
-    auto& domain = std::exchange(b->audience, nullptr)->domain();
-    domain.cells().give_back(b);
-    domain.read_unlock_unordered();
+    std::exchange(b->audience, nullptr)->domain().read_unlock_unordered(b);
   }
 
   template <bool FirstYes>
   MMUNOTIFY_COLD bool ask_young_armed(young_hook<Key> hook, basic_range<Key> r) noexcept {
     if (!is_valid(r)) return false;
-    entry* const asked = enter();
+    entry* const asked = enter().audience;
     if (asked == nullptr) return false;
     const bool young = asked->template ask_young<FirstYes>(hook, r, observer_);
     asked->domain().read_unlock_unordered();
