@@ -19,6 +19,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <random>
 #include <string>
 #include <string_view>
 #include <system_error>
@@ -59,21 +60,15 @@ constexpr const char usage[] =
     "\n"
     "Exit status: 0 nothing was wrong, 1 something was, 2 bad options or an unusable capture.\n";
 
-/// xorshift64*.
 class random_source {
  public:
-  explicit random_source(std::uint64_t seed) : state_(seed * 0x9e3779b97f4a7c15U + 0x1234567U) {}
-  std::uint64_t operator()() {
-    state_ ^= state_ >> 12;
-    state_ ^= state_ << 25;
-    state_ ^= state_ >> 27;
-    return state_ * 0x2545f4914f6cdd1dU;
-  }
-  std::uint64_t below(std::uint64_t n) { return (*this)() % n; }
+  explicit random_source(std::uint64_t seed) : engine_(seed) {}
+  std::uint64_t operator()() { return engine_(); }
+  std::uint64_t below(std::uint64_t n) { return engine_() % n; }
   bool one_in(std::uint64_t n) { return below(n) == 0; }
 
  private:
-  std::uint64_t state_;
+  std::mt19937_64 engine_;
 };
 
 /// One recorded translation, or one page of a large one.
@@ -96,12 +91,14 @@ class translation_list {
   }
   std::uint64_t size() const { return count_; }
 
-  /// The translation with this number; of a large page the 4 KiB page that `page` selects.
+  /// The translation with this number; of a large page the 4 KiB page that `page` selects. (The first one where the
+  /// guest is larger than what we sign: a machine of many gigabytes is not to fill ours.)
   target at(std::uint64_t number, std::uint64_t page) const {
     const auto after = std::upper_bound(first_.begin(), first_.end(), number);
     const auto& r = runs_[static_cast<std::size_t>(after - first_.begin()) - 1];
     const std::uint64_t i = number - *(after - 1);
-    const std::uint64_t inside = (page % (std::uint64_t{1} << (r.page_shift - page_shift))) << page_shift;
+    std::uint64_t inside = (page % (std::uint64_t{1} << (r.page_shift - page_shift))) << page_shift;
+    if ((r.pa + i * r.pa_stride + inside) / page_size >= guest::most_signed_pages) inside = 0;
     return {number, gva{r.va + i * r.va_stride + inside}, gpa{r.pa + i * r.pa_stride + inside},
             (r.flags & capture::mapping::user) != 0, (r.flags & capture::mapping::writable) != 0};
   }
@@ -254,6 +251,7 @@ class show {
       tally_.released.fetch_add(1, std::memory_order_relaxed);
     } else if (o.what == x86::outcome::no_memory) {
       tally_.starved.fetch_add(1, std::memory_order_relaxed);
+      reclaim();
     } else {
       return false;
     }
@@ -372,7 +370,14 @@ class show {
     if (f.value % 8 == 3) std::this_thread::yield();
     book.unmapped.store(false, std::memory_order_release);
     must(machine_.primary().map(r, protection::read_write), f, "the primary cannot map");
-    while (!machine_.sign(f)) std::this_thread::yield();  // no frame is free: the other changer swaps
+    while (!machine_.sign(f)) reclaim();
+  }
+
+  /// No frame is free: some pages go to the swap store.
+  void reclaim() {
+    const std::uint64_t first = next_victim_.fetch_add(64, std::memory_order_relaxed) % machine_.pages();
+    const std::uint64_t last = std::min(machine_.pages(), first + 64);
+    static_cast<void>(machine_.primary().swap_out({guest::machine::host(gfn{first}), guest::machine::host(gfn{last})}));
   }
 
   // --- The shadow MMU comes and goes. -------------------------------------------------------------------------------
@@ -494,6 +499,7 @@ class show {
   mmu_type mmu_;
   subscriber<mmu_type> node_{mmu_};
   tally tally_;
+  std::atomic<std::uint64_t> next_victim_{0};
   std::atomic<bool> stop_{false};
   std::atomic<std::uint64_t> running_{options_.vcpus};
   clock_type::time_point started_ = clock_type::now();

@@ -189,6 +189,7 @@ TEST_CASE_TEMPLATE("S5: a section that begins after the grace period is not wait
   domain.synchronize();
   done.store(true, std::memory_order_release);
   reader.join();
+  CHECK(domain.grace_periods() == 1);
 }
 
 TEST_CASE("S6: sections nest; only the outermost ends the section") {

@@ -63,7 +63,7 @@ struct linux_platform {
     }
   }
 
-  /// An ordinary full fence.
+  /// An ordinary full fence: (pf1) pairs with itself in other threads, and with heavy().
   static void full() noexcept {
 #if defined(__x86_64__)
     // A locked instruction on the own stack: a full fence at a third of the cost of mfence; and gcc refuses
