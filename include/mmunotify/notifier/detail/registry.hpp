@@ -143,7 +143,8 @@ class registry {
         return errc::already_registered;
       }
     }
-    n.home_.store(home, std::memory_order_relaxed);
+    // (n9) release pairs with (n10): who sees this home sees that the node's last registration is nowhere any more.
+    n.home_.store(home, std::memory_order_release);
     return errc::ok;
   }
 
@@ -232,8 +233,8 @@ class registry {
   /// It may be stale at once; claim_release finds out.
   static registry* where(const node& n, const void* home) noexcept {
     while (true) {
-      registry* const r = n.where_.load(std::memory_order_acquire);  // (n8) pairs with (n7)
-      if (n.home_.load(std::memory_order_acquire) != home) return nullptr;
+      registry* const r = n.where_.load(std::memory_order_acquire);         // (n8) pairs with (n7)
+      if (n.home_.load(std::memory_order_acquire) != home) return nullptr;  // (n10) pairs with (n9)
       // A node that comes is claimed (home) before it is linked (where), one that goes is nowhere before that.
       if (n.where_.load(std::memory_order_acquire) == r) return r;  // (n8)
     }

@@ -72,7 +72,7 @@ struct linux_platform {
 #elif defined(__aarch64__)
     asm volatile("dmb ish" ::: "memory");
 #else
-    std::atomic_thread_fence(std::memory_order_seq_cst);
+    std::atomic_thread_fence(std::memory_order_seq_cst);  // (pf1)
 #endif
   }
 
