@@ -67,7 +67,9 @@ class lockfree_hlist {
   lockfree_hlist& operator=(const lockfree_hlist&) = delete;
 
   /// Returns: true if nothing is linked. May be stale on arrival. Progress: wait-free, one load.
-  bool empty() const noexcept { return head_.load(std::memory_order_relaxed) == 0; }
+  /// Ordering: (h4) acquire pairs with (h6): who finds it empty comes after what the owners of removed nodes did
+  /// before.
+  bool empty() const noexcept { return head_.load(std::memory_order_acquire) == 0; }
 
   /// Effects: inserts at the head. Errors: already_registered, on any list. Progress: lock-free.
   errc push_front(Node& node) noexcept {

@@ -53,8 +53,9 @@ class under_gate {
 
   // --- The hot half. ----------------------------------------------------------------------------------------------
 
-  // Relaxed: whoever arms holds the primary's lock exclusively, and whoever brackets holds it, too.
-  bool armed() const noexcept { return word_.load(std::memory_order_relaxed) > released; }
+  // Arming is ordered by the primary's lock, disarming is not. (u5) acquire pairs with (u6): who finds nobody comes
+  // after all that the last client did until its release hook was over, and may free what that client had mapped.
+  bool armed() const noexcept { return word_.load(std::memory_order_acquire) > released; }
 
   [[gnu::always_inline]] ticket start(basic_range<Key> r, event e, const void* owner) noexcept {
     open_.add(1);
@@ -191,7 +192,7 @@ class under_gate {
   }
 
   /// Under the writers' mutex, when the last subscriber has been unlinked.
-  void disarm() noexcept { word_.fetch_and(released, std::memory_order_relaxed); }
+  void disarm() noexcept { word_.fetch_and(released, std::memory_order_release); }  // (u6) pairs with (u5)
 
   struct entered {
     entry* audience = nullptr;
