@@ -13,7 +13,7 @@
 // registered by the user; they exit, and processes fork, as they like).
 //
 // The protocol. Each thread has a word per domain (detail/slab.hpp), S is the domain's sequence.
-//   section:       old = w; if 0, w = S; light fence; ... protected loads ...; light fence; w = old
+//   section:       old = w; if 0, w = S; light fence; ... protected loads ...; w = old
 //   grace period:  S += 1; one heavy fence; for every thread: wait while w != 0 and w < S
 // A nested section finds w != 0 and stores it back; so does a signal handler, which restores what it interrupted.
 //
@@ -103,7 +103,6 @@ class basic_srcu_domain : public detail::domain_core<Platform> {
 
   /// Effects: ends the section. Precondition: same thread as read_lock; sections end in reverse order of their begin.
   [[gnu::always_inline]] void read_unlock(section_token t) noexcept {
-    Platform::light();
     t.word_->store(t.old_,
                    detail::order(std::memory_order_release, detail::mutation::unlock_relaxed));  // (d4) and (d3)
     this->after_leaving();
@@ -170,7 +169,6 @@ class basic_srcu_domain : public detail::domain_core<Platform> {
   }
 
   [[gnu::always_inline]] void end_unordered(slot& s) noexcept {
-    Platform::light();
     const std::uint64_t others = s.count.load(std::memory_order_relaxed);
     if (others != 0) [[unlikely]] {
       s.count.store(others - 1, std::memory_order_relaxed);

@@ -112,7 +112,6 @@ class static_srcu_domain {
     return t;
   }
   [[gnu::always_inline]] static void read_unlock(section_token t) noexcept {
-    Platform::light();
     own().word.store(t.old_, detail::order(std::memory_order_release, detail::mutation::unlock_relaxed));  // (d4) (d3)
     domain_.after_leaving();
   }
@@ -129,7 +128,6 @@ class static_srcu_domain {
   }
   [[gnu::always_inline]] static void unlock() noexcept {
     if (own().count != 0) [[unlikely]] {
-      Platform::light();
       --own().count;
       return;
     }
