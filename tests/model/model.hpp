@@ -8,7 +8,8 @@
 //   static constexpr int threads, rounds;     threads besides main; rounds of an ordinary test
 //   void prepare();                           by main, before the threads start
 //   void thread(int i);                       i = 1 .. threads, one thread each; 0: main's part, at the same time
-//   static constexpr int joined;              optional: only threads 1 .. joined end for certain
+//   static constexpr int joined;              optional: the threads behind 1 .. joined may sleep, and when the others
+//                                             have ended, none may do so for ever
 //   void finish();                            by main, after the threads
 // and main() is `return model::run<program>();`.
 
@@ -107,6 +108,24 @@ void wait_until(Condition condition) {
 
 #endif
 
+/// Wake-ups so far, and one more than their number when a thread went to sleep for the next one.
+inline std::atomic<std::uint32_t> wakes{0};
+inline std::atomic<std::uint32_t> slept{0};
+
+inline void sleep_while(const std::atomic<std::uint32_t>& word, std::uint32_t value) {
+  // The kernel compares and goes to sleep at once; a wake-up between the two ends this sleep, too.
+  const std::uint32_t seen = wakes.load(std::memory_order_acquire);
+  if (word.load(std::memory_order_relaxed) != value) return;
+  slept.store(seen + 1, std::memory_order_release);
+  wait_until([seen] { return wakes.load(std::memory_order_acquire) != seen; });
+}
+inline void wake_all() { wakes.fetch_add(1, std::memory_order_release); }
+
+/// True if a thread sleeps whom nobody has woken. Precondition: no other thread is left that could.
+inline bool lost() {
+  return slept.load(std::memory_order_acquire) == wakes.load(std::memory_order_relaxed) + 1;
+}
+
 /// Something that a grace period protects: plain memory, so that a race on it is one. The reads and the destruction are
 /// functions of their own, or the compiler could move them.
 class object {
@@ -164,6 +183,7 @@ int run() {
   if constexpr (joined<Program>() >= 1) pthread_join(threads[1], nullptr);
   if constexpr (joined<Program>() >= 2) pthread_join(threads[2], nullptr);
   if constexpr (joined<Program>() >= 3) pthread_join(threads[3], nullptr);
+  if constexpr (joined<Program>() != Program::threads) check(!lost(), "a sleeper is woken");
   p.finish();
   return 0;
 }
@@ -193,7 +213,11 @@ class rounds {
       arrived_.store(0, std::memory_order_relaxed);
       round_.fetch_add(1, std::memory_order_release);
       p->thread(0);
-      wait_until([&] { return arrived_.load(std::memory_order_acquire) == Program::threads; });
+      wait_until([&] {
+        const int arrived = arrived_.load(std::memory_order_acquire);
+        if (arrived >= joined<Program>() && arrived < Program::threads) check(!lost(), "a sleeper is woken");
+        return arrived == Program::threads;
+      });
       p->finish();
       p->~Program();
     }

@@ -14,8 +14,7 @@
 //
 // As an ordinary test: the platform for Linux with fewer slots, and random pauses where threads meet.
 //
-// In both, a sleep is a wait for a wake-up that is counted, so that a program can say that a sleeper is lost instead of
-// hanging: lost().
+// In both, a sleep is a wait for a wake-up that is counted, so that a sleeper who is lost is a finding and no hang.
 
 #include <atomic>
 #include <cstddef>
@@ -29,25 +28,6 @@
 #include "model.hpp"
 
 namespace model {
-
-/// Wake-ups so far, and one more than their number when a thread went to sleep for the next one.
-inline std::atomic<std::uint32_t> wakes{0};
-inline std::atomic<std::uint32_t> slept{0};
-
-/// True if a thread sleeps whom nobody has woken. Call it when no other thread is left that could.
-inline bool lost() {
-  return slept.load(std::memory_order_acquire) == wakes.load(std::memory_order_relaxed) + 1;
-}
-
-inline void sleep_while(const std::atomic<std::uint32_t>& word, std::uint32_t value) {
-  // The kernel compares and goes to sleep at once; a wake-up between the two ends this sleep, too.
-  const std::uint32_t seen = wakes.load(std::memory_order_acquire);
-  if (word.load(std::memory_order_relaxed) != value) return;
-  slept.store(seen + 1, std::memory_order_release);
-  wait_until([seen] { return wakes.load(std::memory_order_acquire) != seen; });
-}
-
-inline void wake_all() { wakes.fetch_add(1, std::memory_order_release); }
 
 #if MODEL_CHECKER
 
