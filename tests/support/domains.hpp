@@ -18,6 +18,11 @@ struct no_membarrier : mmunotify::linux_platform {
   static void heavy() noexcept { FAIL("a heavy fence without membarrier"); }
 };
 
+/// Room for one domain: slot 0 is nobody's.
+struct one_slot : mmunotify::linux_platform {
+  static constexpr std::uint32_t slots = 2;
+};
+
 /// Counts heavy fences. Each test takes a tag of its own, and so a runtime of its own.
 template <class Tag>
 struct counted_fences : mmunotify::linux_platform {
