@@ -6,8 +6,6 @@
 // worker.
 // Notices: early_callbacks, early_barrier.
 
-#include "model.hpp"
-//
 #include "platform.hpp"
 
 #include <mmunotify/sync/srcu_domain.hpp>

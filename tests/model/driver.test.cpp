@@ -6,8 +6,6 @@
 // -DMODEL_HANDOFF=1 the section is of the hand-off kind.
 // Notices: scan_relaxed; with hand-off handoff_scan_relaxed.
 
-#include "model.hpp"
-//
 #include "platform.hpp"
 
 #include <mmunotify/sync/srcu_domain.hpp>

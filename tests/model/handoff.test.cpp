@@ -4,8 +4,6 @@
 // with the object that it found; main unlinks two objects, one after the other.
 // Notices: no_handoff_recheck, no_handoff_scan.
 
-#include "model.hpp"
-//
 #include "platform.hpp"
 
 #include <mmunotify/sync/srcu_domain.hpp>

@@ -50,6 +50,8 @@ extern "C" [[gnu::used, clang::optnone, gnu::noinline]] inline void* memset(void
 
 #include <pthread.h>
 
+#include <mmunotify/config.hpp>
+
 #if MODEL_CHECKER
 #include <genmc.h>
 #else

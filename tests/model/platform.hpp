@@ -16,16 +16,13 @@
 //
 // In both, a sleep is a wait for a wake-up that is counted, so that a sleeper who is lost is a finding and no hang.
 
+#include "model.hpp"
+
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 
-#include <pthread.h>
-
-#include <mmunotify/config.hpp>
 #include <mmunotify/sync/linux/platform.hpp>
-
-#include "model.hpp"
 
 namespace model {
 
@@ -37,6 +34,7 @@ struct platform {
   static constexpr std::uint32_t slots = 4;
   static constexpr std::size_t cells = 1;
   static constexpr int spins = Spins;
+  static constexpr int expedited_spins = Spins;
 
   static bool heavy_available() noexcept { return true; }
   static void light() noexcept {
@@ -133,7 +131,7 @@ template <int Threads, int Spins = 1>
 struct platform : mmunotify::linux_platform {
   static constexpr std::uint32_t slots = 8;
   static constexpr std::size_t cells = 1;
-  static constexpr int spins = Spins != 0 ? 100 : 0;
+  static constexpr int spins = Spins != 0 ? linux_platform::spins : 0;
 
   static void full() noexcept {
     linux_platform::full();

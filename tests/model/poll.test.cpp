@@ -4,8 +4,6 @@
 // main unlinks an object, takes a cookie, and destroys the object if poll says so.
 // Notices: early_cookie.
 
-#include "model.hpp"
-//
 #include "platform.hpp"
 
 #include <mmunotify/sync/srcu_domain.hpp>

@@ -6,8 +6,6 @@
 // scan_relaxed.
 // -DMODEL_READERS=2: two threads with sections. -DMODEL_GRACE_PERIODS=2: unlinks two objects, one after the other.
 
-#include "model.hpp"
-//
 #include "platform.hpp"
 
 #include <mmunotify/sync/srcu_domain.hpp>

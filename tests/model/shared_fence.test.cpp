@@ -4,8 +4,6 @@
 // thread 2 waits for another domain and so makes a fence; main unlinks an object and waits for the first one.
 // Notices: stale_fence_ticket.
 
-#include "model.hpp"
-//
 #include "platform.hpp"
 
 #include <mmunotify/sync/srcu_domain.hpp>

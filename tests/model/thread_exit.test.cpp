@@ -4,8 +4,6 @@
 // thread's own, stays until then. The thread has a section and exits; main waits for a grace period.
 // Notices: exit_unpinned. As an ordinary test it only runs what the system does at the end of a thread.
 
-#include "model.hpp"
-//
 #include "platform.hpp"
 
 #include <mmunotify/sync/static_srcu_domain.hpp>

@@ -6,8 +6,6 @@
 // Notices: no_leaver_fence, no_sleeper_fence. Both need a checker: on x86 the mark is a locked instruction, and the
 // compilers do not use their freedom.
 
-#include "model.hpp"
-//
 #include "platform.hpp"
 
 #include <mmunotify/sync/srcu_domain.hpp>
