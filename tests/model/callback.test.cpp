@@ -16,7 +16,6 @@
 
 struct callback {
   static constexpr int threads = 1 + MODEL_DRAINERS;
-  static constexpr int rounds = 50'000;
 
   using domain = mmunotify::basic_srcu_domain<model::platform<threads>>;
 
@@ -37,8 +36,7 @@ struct callback {
       case 1: {
         const auto token = domain_.read_lock();
         const element* const o = shared_.load(std::memory_order_acquire);
-        model::pause();
-        if (o != nullptr) model::check(o->payload.alive(), "S4: an object that a section reaches is alive");
+          if (o != nullptr) model::check(o->payload.alive(), "S4: an object that a section reaches is alive");
         return domain_.read_unlock(token);
       }
       default:

@@ -12,7 +12,6 @@ struct handoff {
   using domain = mmunotify::basic_srcu_domain<model::platform<2>>;
 
   static constexpr int threads = 2;
-  static constexpr int rounds = 50'000;
 
   void prepare() { model::attach_all(domain_, threads); }
 
@@ -32,8 +31,7 @@ struct handoff {
         return;
       default:
         model::wait_until([this] { return handed_over_.load(std::memory_order_acquire); });
-        model::pause();
-        if (found_ != nullptr) model::check(found_->alive(), "S6: an object that a section reaches is alive");
+          if (found_ != nullptr) model::check(found_->alive(), "S6: an object that a section reaches is alive");
         domain_.up_read(token_);
     }
   }

@@ -18,7 +18,6 @@
 
 struct list {
   static constexpr int threads = MODEL_REMOVERS - 1 + MODEL_WALKERS;
-  static constexpr int rounds = 50'000;
 
   using domain = mmunotify::basic_srcu_domain<model::platform<threads>>;
   struct node : mmunotify::hlist_node {
@@ -34,7 +33,6 @@ struct list {
     if (i < MODEL_REMOVERS) return remove(i);
     const mmunotify::basic_read_section<domain> section(domain_);
     for (const node& n : list_) {
-      model::pause();
       model::check(n.payload.alive(), "S1: a node that a walk reaches is alive");
     }
   }

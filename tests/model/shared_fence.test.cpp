@@ -12,7 +12,6 @@ struct shared_fence {
   using domain = mmunotify::basic_srcu_domain<model::platform<2>>;
 
   static constexpr int threads = 2;
-  static constexpr int rounds = 50'000;
 
   void prepare() { model::attach_all(domain_, threads); }
 
@@ -25,8 +24,7 @@ struct shared_fence {
       case 1: {
         const auto token = domain_.read_lock();
         const model::object* const o = shared_.load(std::memory_order_acquire);
-        model::pause();
-        if (o != nullptr) model::check(o->alive(), "S1: an object that a section reaches is alive");
+          if (o != nullptr) model::check(o->alive(), "S1: an object that a section reaches is alive");
         return domain_.read_unlock(token);
       }
       default:

@@ -19,14 +19,12 @@ struct wakeup {
 
   static constexpr int threads = MODEL_LEAVERS;
   static constexpr int joined = MODEL_LEAVERS - 1;
-  static constexpr int rounds = 50'000;
 
   void prepare() { model::attach_all(domain_, threads); }
 
   void thread(int i) {
     if (i == threads) return domain_.synchronize();
     const auto token = domain_.read_lock();
-    model::pause();
     domain_.read_unlock(token);
   }
 
