@@ -37,17 +37,11 @@ void section_cases() {
   add_sections<two_stores>("two_plain_stores");
   add_sections<one_exchange>("one_exchange");
   add_sections<dynamic_section>("dynamic");
-#if MMUNOTIFY_BENCH_NEW
   add_sections<static_section>("static");
-#endif
   add_sections<dynamic_nested>("dynamic_nested");
-#if MMUNOTIFY_BENCH_NEW
   add_sections<static_nested>("static_nested");
-#endif
   add_sections<unordered_section>("unordered");
-#if MMUNOTIFY_BENCH_NEW
   add_sections<handoff_section>("handoff");
-#endif
   add_sections<rotating_section>("64_domains_in_turn");
 #if MMUNOTIFY_BENCH_URCU
   add_sections<urcu_section>("urcu_memb");
@@ -71,9 +65,7 @@ void amid_cases() {
   ratios::add("amid_misses/two_plain_stores", measure_amid<two_stores>);
   ratios::add("amid_misses/one_exchange", measure_amid<one_exchange>);
   ratios::add("amid_misses/dynamic", measure_amid<dynamic_section>);
-#if MMUNOTIFY_BENCH_NEW
   ratios::add("amid_misses/static", measure_amid<static_section>);
-#endif
 #if MMUNOTIFY_BENCH_URCU
   ratios::add("amid_misses/urcu_memb", measure_amid<urcu_section>);
 #endif
@@ -110,17 +102,13 @@ void grace_period_cases() {
   add_idle<bare_membarrier>("membarrier");
   add_idle<bare_membarrier>("membarrier_again");
   add_idle<dynamic_section>("synchronize");
-#if MMUNOTIFY_BENCH_NEW
   add_idle<expedited>("synchronize_expedited");
   add_idle<polled>("poll");
   add_idle<static_section>("static_synchronize");
-#endif
   ratios::add("grace_period_busy/membarrier", measure_busy<bare_membarrier, dynamic_section, false>)->UseRealTime();
   add_busy<dynamic_section>("synchronize");
-#if MMUNOTIFY_BENCH_NEW
   add_busy<expedited>("synchronize_expedited");
   add_busy<polled>("poll");
-#endif
   add_crowd<bare_membarrier>("membarrier");
   add_crowd<crowd_section>("synchronize");
   add_together<bare_membarrier>("membarrier");
@@ -139,17 +127,13 @@ void grace_period_cases() {
   add_idle<cds_section>("cds_general_buffered");
   add_busy<cds_section>("cds_general_buffered");
 #endif
-#if MMUNOTIFY_BENCH_NEW
   ratios::add("eight_domains/one_by_one", measure_together<one_by_one>)->UseRealTime();
   ratios::add("eight_domains/synchronize_all", measure_together<all_at_once>)->UseRealTime();
-#endif
 }
 
 void call_cases() {
-#if MMUNOTIFY_BENCH_NEW
   ratios::add("call_and_barrier/ours", measure_call_and_barrier<domain_calls>)->UseRealTime();
   ratios::add("call/ours", measure_call<domain_calls>)->UseManualTime()->Iterations(16 * batch);
-#endif
 #if MMUNOTIFY_BENCH_URCU
   ratios::add("call_and_barrier/urcu_memb", measure_call_and_barrier<urcu_calls>)->UseRealTime();
   ratios::add("call/urcu_memb", measure_call<urcu_calls>)->UseManualTime()->Iterations(16 * batch);

@@ -9,6 +9,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <span>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -151,7 +152,6 @@ class updater {
 struct bare_membarrier : no_section {
   void synchronize() { linux_platform::heavy(); }
 };
-#if MMUNOTIFY_BENCH_NEW
 struct expedited : dynamic_section {
   void synchronize() { domain->synchronize_expedited(); }
 };
@@ -161,7 +161,6 @@ struct polled : dynamic_section {
     while (!domain->poll(cookie)) linux_platform::relax();
   }
 };
-#endif
 
 template <class Kind>
 void measure_idle(benchmark::State& state) {
@@ -220,7 +219,6 @@ struct crowd_section : kind {
   void synchronize() { domain->synchronize(); }
 };
 
-#if MMUNOTIFY_BENCH_NEW
 /// Eight domains: a grace period of each.
 struct eight_domains : kind {
   std::vector<srcu_domain*> domains;
@@ -235,7 +233,7 @@ struct one_by_one : eight_domains {
   }
 };
 struct all_at_once : eight_domains {
-  void synchronize() { srcu_domain::synchronize_all(domains); }
+  void synchronize() { srcu_domain::synchronize_all(std::span<srcu_domain* const>(domains)); }
 };
 
 /// A deferred call and the barrier after it. Calls: call(n), n <= batch; barrier(); called().
@@ -253,7 +251,6 @@ struct domain_calls : of_domain {
   void barrier() { domain->barrier(); }
   static std::uint64_t called() { return count.load(std::memory_order_relaxed); }
 };
-#endif
 #if MMUNOTIFY_BENCH_URCU
 struct urcu_calls : urcu_section {
   static_assert(bench_urcu_heads >= batch);

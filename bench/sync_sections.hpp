@@ -17,16 +17,10 @@
 #include <vector>
 
 #include <mmunotify/sync/srcu_domain.hpp>
+#include <mmunotify/sync/static_srcu_domain.hpp>
 
 #include "peers.h"
 #include "ratios.hpp"
-
-#if __has_include(<mmunotify/sync/static_srcu_domain.hpp>)
-#include <mmunotify/sync/static_srcu_domain.hpp>
-#define MMUNOTIFY_BENCH_NEW 1
-#else
-#define MMUNOTIFY_BENCH_NEW 0
-#endif
 
 #define MMUNOTIFY_BENCH_INLINE [[gnu::always_inline]] inline
 
@@ -114,7 +108,6 @@ struct unordered_section : of_domain {
   }
 };
 
-#if MMUNOTIFY_BENCH_NEW
 /// A domain that is a type.
 struct static_tag;
 struct static_section : kind {
@@ -142,7 +135,6 @@ struct handoff_section : of_domain {
     return value;
   }
 };
-#endif
 
 /// 64 domains in turn: the words of one thread share lines, the domains do not.
 struct rotating_section : kind {
