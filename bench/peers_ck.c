@@ -28,14 +28,26 @@ void* bench_ck_attach(void) {
 }
 void bench_ck_detach(void* record) { ck_epoch_unregister(record); }
 
-uint64_t bench_ck_sections(void* record, uint64_t n) {
-  uint64_t sum = 0;
-  for (uint64_t i = 0; i < n; ++i) {
-    ck_epoch_begin(record, NULL);
-    sum += read_payload();
-    ck_epoch_end(record, NULL);
+#define SECTIONS(placement)                                                                                            \
+  static uint64_t __attribute__((noinline, aligned(64))) sections_##placement(ck_epoch_record_t* record, uint64_t n) { \
+    uint64_t sum = 0;                                                                                                  \
+    BENCH_PLACE(placement);                                                                                            \
+    for (uint64_t i = 0; i < n; ++i) {                                                                                 \
+      ck_epoch_begin(record, NULL);                                                                                    \
+      sum += read_payload();                                                                                           \
+      ck_epoch_end(record, NULL);                                                                                      \
+    }                                                                                                                  \
+    return sum;                                                                                                        \
   }
-  return sum;
+SECTIONS(0)
+SECTIONS(1)
+SECTIONS(2)
+SECTIONS(3)
+
+uint64_t bench_ck_sections(void* record, uint64_t placement, uint64_t n) {
+  static uint64_t (*const all[bench_placements])(ck_epoch_record_t*, uint64_t) = {sections_0, sections_1, sections_2,
+                                                                                  sections_3};
+  return all[placement](record, n);
 }
 
 uint64_t bench_ck_amid(void* record, uint64_t* words, uint64_t* random, uint64_t n) {

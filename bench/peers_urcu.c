@@ -16,19 +16,30 @@
 
 static inline uint64_t read_payload(void) { return CMM_LOAD_SHARED(rcu_dereference(bench_shared)->value); }
 
-uint64_t bench_urcu_sections(uint64_t n) {
-  uint64_t sum = 0;
-  for (uint64_t i = 0; i < n; ++i) {
-    urcu_memb_read_lock();
-    sum += read_payload();
-    urcu_memb_read_unlock();
+#define SECTIONS(placement)                                                                 \
+  static uint64_t __attribute__((noinline, aligned(64))) sections_##placement(uint64_t n) { \
+    uint64_t sum = 0;                                                                       \
+    BENCH_PLACE(placement);                                                                 \
+    for (uint64_t i = 0; i < n; ++i) {                                                      \
+      urcu_memb_read_lock();                                                                \
+      sum += read_payload();                                                                \
+      urcu_memb_read_unlock();                                                              \
+    }                                                                                       \
+    return sum;                                                                             \
   }
-  return sum;
+SECTIONS(0)
+SECTIONS(1)
+SECTIONS(2)
+SECTIONS(3)
+
+uint64_t bench_urcu_sections(uint64_t placement, uint64_t n) {
+  static uint64_t (*const all[bench_placements])(uint64_t) = {sections_0, sections_1, sections_2, sections_3};
+  return all[placement](n);
 }
 
-uint64_t bench_urcu_nested(uint64_t n) {
+uint64_t bench_urcu_nested(uint64_t placement, uint64_t n) {
   urcu_memb_read_lock();
-  const uint64_t sum = bench_urcu_sections(n);
+  const uint64_t sum = bench_urcu_sections(placement, n);
   urcu_memb_read_unlock();
   return sum;
 }

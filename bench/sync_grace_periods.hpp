@@ -40,7 +40,7 @@ class parked_threads {
   void park() {
     Kind k;
     k.begin();
-    sections(k, 1);
+    sections(k, 0, 1);
     ready_.fetch_add(1, std::memory_order_release);
     released_.wait(false, std::memory_order_acquire);
     k.end();
@@ -107,7 +107,7 @@ class busy_reader {
     Kind k;
     k.begin();
     while (!stopped_.load(std::memory_order_relaxed)) {
-      sum_ += sections(k, some);
+      sum_ += sections(k, 0, some);
       count_.store(count_.load(std::memory_order_relaxed) + some, std::memory_order_release);
     }
     k.end();

@@ -164,11 +164,19 @@ struct shared_mutex_section : kind {
   }
 };
 
-template <class Kind>
-[[gnu::noinline]] std::uint64_t sections(Kind k, std::uint64_t n) {
+template <class Kind, std::uint64_t placement>
+[[gnu::noinline, gnu::aligned(64)]] std::uint64_t placed_sections(Kind k, std::uint64_t n) {
   std::uint64_t sum = 0;
+  BENCH_PLACE(placement);
   for (std::uint64_t i = 0; i < n; ++i) sum += k.read(i);
   return sum;
+}
+template <class Kind>
+std::uint64_t sections(Kind k, std::uint64_t placement, std::uint64_t n) {
+  static_assert(bench_placements == 4);
+  static constexpr std::uint64_t (*all[])(Kind, std::uint64_t) = {placed_sections<Kind, 0>, placed_sections<Kind, 1>,
+                                                                  placed_sections<Kind, 2>, placed_sections<Kind, 3>};
+  return all[placement](k, n);
 }
 
 /// Each section after a store that misses the cache.
@@ -192,8 +200,12 @@ struct urcu_section : kind {
   void synchronize() { bench_urcu_synchronize(); }
 };
 struct urcu_nested : urcu_section {};
-inline std::uint64_t sections(urcu_section, std::uint64_t n) { return bench_urcu_sections(n); }
-inline std::uint64_t sections(urcu_nested, std::uint64_t n) { return bench_urcu_nested(n); }
+inline std::uint64_t sections(urcu_section, std::uint64_t placement, std::uint64_t n) {
+  return bench_urcu_sections(placement, n);
+}
+inline std::uint64_t sections(urcu_nested, std::uint64_t placement, std::uint64_t n) {
+  return bench_urcu_nested(placement, n);
+}
 inline std::uint64_t amid(urcu_section, std::uint64_t* words, std::uint64_t* random, std::uint64_t n) {
   return bench_urcu_amid(words, random, n);
 }
@@ -206,7 +218,9 @@ struct ck_section : kind {
   void end() { bench_ck_detach(record); }
   void synchronize() { bench_ck_synchronize(record); }
 };
-inline std::uint64_t sections(ck_section k, std::uint64_t n) { return bench_ck_sections(k.record, n); }
+inline std::uint64_t sections(ck_section k, std::uint64_t placement, std::uint64_t n) {
+  return bench_ck_sections(k.record, placement, n);
+}
 inline std::uint64_t amid(ck_section k, std::uint64_t* words, std::uint64_t* random, std::uint64_t n) {
   return bench_ck_amid(k.record, words, random, n);
 }
@@ -230,7 +244,11 @@ template <class Kind>
 void measure_sections(benchmark::State& state) {
   Kind k;
   k.begin();
-  measure_loop(state, [k](std::uint64_t n) { return sections(k, n); });
+  std::uint64_t placement = 0;
+  measure_loop(state, [k, &placement](std::uint64_t n) {
+    placement = (placement + 1) % bench_placements;
+    return sections(k, placement, n);
+  });
   k.end();
 }
 
