@@ -238,8 +238,7 @@ class runtime {
     }
     new (&home.fence_mutex_) typename Platform::mutex;
     home.fences_ended_ = home.fences_begun_.load(std::memory_order_relaxed);
-    for (core* d = home.first_; d != nullptr; d = d->next_) d->after_fork();
-    home.work.after_fork_child();
+    home.work.after_fork_child(home.first_);
     home.mutex_.unlock();
   }
 
