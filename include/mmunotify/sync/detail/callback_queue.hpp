@@ -86,13 +86,12 @@ class callback_queue : public grace_period_driver<Platform> {
     }
     return false;
   }
-  std::uint32_t ran() const noexcept { return ran_.load(std::memory_order_relaxed) & ~somebody_waits; }
+  // (q5) acquire pairs with (q4): what the callbacks did.
+  std::uint32_t ran() const noexcept { return ran_.load(std::memory_order_acquire) & ~somebody_waits; }
 
   /// Returns: true if all that the first count says have run. The counts wrap.
   bool has_run(std::uint32_t counted) const noexcept {
-    // (q5) acquire pairs with (q4): what the callbacks did.
-    const std::uint32_t now = ran_.load(std::memory_order_acquire) & ~somebody_waits;
-    return static_cast<std::int32_t>(now - counted) >= 0;
+    return static_cast<std::int32_t>(ran() - counted) >= 0;
   }
   void wait_until_run(std::uint32_t counted) noexcept {
     while (true) {

@@ -151,7 +151,8 @@ class domain_core : public callback_queue<Platform> {
   /// The same whatever the backlog is: for what cannot be taken back any more.
   errc call_unbounded(srcu_head& head, srcu_callback function) noexcept { return this->enqueue(head, function, 0); }
 
-  /// Returns: how many callbacks are queued or run just now. May be stale on arrival.
+  /// Returns: how many callbacks are queued or run just now. May be stale on arrival. Ordering: who finds none comes
+  /// after what those that have run did.
   std::size_t backlog() const noexcept {
     return (this->queued_.load(std::memory_order_relaxed) - this->ran()) / base::one;
   }
