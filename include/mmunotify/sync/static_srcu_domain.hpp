@@ -5,7 +5,7 @@
 //
 //   struct page_cache;
 //   using pages = static_srcu_domain<page_cache>;
-//   { basic_read_section<pages> s; ... }      pages::synchronize();
+//   { pages d; basic_read_section s(d); ... }      pages::synchronize();
 //
 // A dynamic domain's section finds its word through the thread's slab; here the word is a thread_local variable of its
 // own, one for each tag, and nothing is looked up. Everything else is the same (srcu_domain.hpp), and so are the
@@ -115,8 +115,8 @@ class static_srcu_domain {
   [[gnu::always_inline]] static void read_unlock(section_token t) noexcept {
     if (t.kind_ == section_token::kind::outermost) [[likely]] {
       leave(0);
-    } else if (!t.nested()) {
-      leave(detail::static_slot::unattached);
+    } else if (!t.nested()) [[unlikely]] {
+      leave_unattached();
     }
   }
 
@@ -135,7 +135,11 @@ class static_srcu_domain {
       --own().count;
       return;
     }
-    leave(domain_.asymmetric() ? 0 : detail::static_slot::unattached);
+    if (domain_.asymmetric()) [[likely]] {
+      leave(0);
+    } else {
+      leave_unattached();
+    }
   }
 
   static bool held_by_this_thread() noexcept { return detail::static_slot::is_inside(own().word); }
@@ -166,6 +170,8 @@ class static_srcu_domain {
     w.store(domain_.sequence_.load(detail::order(std::memory_order_acquire, detail::mutation::sequence_relaxed)),
             detail::order(std::memory_order_release, detail::mutation::lock_relaxed));
   }
+
+  MMUNOTIFY_COLD static void leave_unattached() noexcept { leave(detail::static_slot::unattached); }
 
   [[gnu::always_inline]] static void leave(std::uint64_t outside) noexcept {
     // (d4) pairs with (d3)

@@ -90,9 +90,7 @@ class callback_queue : public grace_period_driver<Platform> {
   std::uint32_t ran() const noexcept { return ran_.load(std::memory_order_acquire) & ~somebody_waits; }
 
   /// Returns: true if all that the first count says have run. The counts wrap.
-  bool has_run(std::uint32_t counted) const noexcept {
-    return static_cast<std::int32_t>(ran() - counted) >= 0;
-  }
+  bool has_run(std::uint32_t counted) const noexcept { return static_cast<std::int32_t>(ran() - counted) >= 0; }
   void wait_until_run(std::uint32_t counted) noexcept {
     while (true) {
       const std::uint32_t seen = ran_.fetch_or(somebody_waits, std::memory_order_relaxed) | somebody_waits;

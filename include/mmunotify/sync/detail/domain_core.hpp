@@ -52,14 +52,13 @@ class domain_core : public callback_queue<Platform> {
   /// Returns: true inside a section of this domain that this thread began (in a callback or an open bracket, for an
   /// address space). Hand-off sections belong to no thread and do not count.
   bool held_by_this_thread() const noexcept {
-    const auto view = home::view();
-    std::byte* slab = view.slab;
-    if (view.attached_to != this->runtime_) [[unlikely]] {
+    std::byte* slab = home::slab();
+    if (this->runtime_ != &home::own() || slab == nullptr) [[unlikely]] {
       const auto* const r = this->slot_ != 0 ? this->runtime_->current() : nullptr;
       if (r == nullptr) return false;
       slab = r->slab();
     }
-    const std::uint64_t w = thread_record<Platform>::slot_at(slab, this->offset_).word.load(std::memory_order_relaxed);
+    const std::uint64_t w = slot_in(slab).word.load(std::memory_order_relaxed);
     if (w == 0 || !this->indirect_) return w != 0;
     return static_slot::is_inside(*static_slot::word_at(w));
   }
@@ -212,7 +211,7 @@ class domain_core : public callback_queue<Platform> {
     this->configure(o);
     this->waiter_.store(this->runtime_->asymmetric() ? 0 : this->always, std::memory_order_relaxed);
     this->slot_ = this->runtime_->enlist(*this, o.isolated);
-    this->offset_ = this->slot_ * static_cast<std::uint32_t>(sizeof(section_slot));
+    this->place_ = this->runtime_->key() + this->slot_ * sizeof(section_slot);
     return this->slot_ != 0;
   }
 
@@ -229,6 +228,10 @@ class domain_core : public callback_queue<Platform> {
         [&](auto& r) { return r.at(this->slot_).word.load(std::memory_order_relaxed) == 0; });
     this->runtime_->delist(*this, this->slot_, this->isolated_, clear);
     return clear && this->banks_empty();
+  }
+
+  section_slot& slot_in(std::byte* slab) const noexcept {
+    return thread_record<Platform>::slot_at(slab, this->slot_ * sizeof(section_slot));
   }
 
   bool may_wait(const char* function) const noexcept {

@@ -190,10 +190,10 @@ class grace_period_driver {
   }
 
   // Read by every section, written once in a grace period.
-  alignas(64) home* runtime_;
-  std::uint32_t offset_ = 0;  ///< of the domain's slot in every slab, in bytes
+  alignas(64) std::uintptr_t place_ = 0;  ///< the runtime's key + the offset of the domain's slot in every slab
   std::atomic<std::uint32_t> waiter_{0};
   word sequence_{first_sequence};
+  home* runtime_;
   std::uint32_t slot_ = 0;  ///< 0: none
   bool indirect_;           ///< the words are thread_local ones, and the slots hold their addresses
   bool isolated_ = false;
@@ -214,7 +214,7 @@ class grace_period_driver {
   std::uint64_t begin_if_idle() noexcept {
     std::uint64_t now = sequence_.load(std::memory_order_relaxed);
     if (completed_.load(std::memory_order_relaxed) == now) {
-      now = begun_.fetch_add(1, std::memory_order_acq_rel) + 1;  // (d8)
+      now = begun_.fetch_add(1, std::memory_order_acq_rel) + 1;                            // (d8)
       sequence_.store(now, order(std::memory_order_release, mutation::sequence_relaxed));  // (d1) pairs with (d2)
     }
     return now;

@@ -4,11 +4,11 @@
 // What all read-section domains of one process share: the threads' slabs, the domains' slots, the heavy fences.
 //
 // Records are immortal and recycled: a grace period walks them without a lock. The thread finds its slab through one
-// constinit thread_local pair {runtime, slab}; the runtime is compared on every entry, because inline variables are
-// duplicated between shared objects (clang always, gcc with hidden visibility, dlopen with RTLD_LOCAL): a domain made
-// by one copy of this library and entered through another takes the cold path, which goes through the domain's own
-// runtime. (Limit: the copy that made a runtime must not be unloaded while threads live that used it.) The cold path is
-// also taken always when heavy fences are not to be had: the pair is then never published.
+// constinit thread_local pointer; whether the domain is of the same runtime is looked at on every entry, because inline
+// variables are duplicated between shared objects (clang always, gcc with hidden visibility, dlopen with RTLD_LOCAL): a
+// domain made by one copy of this library and entered through another takes the cold path, which goes through the
+// domain's own runtime. (Limit: the copy that made a runtime must not be unloaded while threads live that used it.) The
+// cold path is also taken always when heavy fences are not to be had: the pointer is then never published.
 //
 // Heavy fences are shared: the kernel serialises them, so a request that finds one running waits for its end, and then
 // one fence serves all who wait. A fence serves the requests that were made before it began.
@@ -34,7 +34,7 @@ template <class Platform>
 class domain_core;
 
 template <class Platform>
-class runtime {
+class alignas(64) runtime {
  public:
   using record = thread_record<Platform>;
   using core = domain_core<Platform>;
@@ -42,12 +42,12 @@ class runtime {
   /// This copy's runtime. Never destroyed: threads may outlive static destruction.
   static constexpr runtime& own() noexcept { return own_; }
 
-  /// What a section's fast path reads: {the runtime that this thread is attached to, its slab}.
-  struct thread_view {
-    const runtime* attached_to = nullptr;
-    std::byte* slab = nullptr;
-  };
-  [[gnu::always_inline]] static thread_view& view() noexcept { return Platform::template own<runtime, thread_view>(); }
+  /// The calling thread's slab of this copy's runtime: what a section's fast path reads. Null: take the cold path.
+  [[gnu::always_inline]] static std::byte*& slab() noexcept { return Platform::template own<runtime, std::byte*>(); }
+
+  /// Tells runtimes apart, with room for an offset into a slab below: their sum says where a domain's slot is, and
+  /// subtracting the own key is the test whether that is an offset into the own slab.
+  [[gnu::always_inline]] std::uintptr_t key() const noexcept { return reinterpret_cast<std::uintptr_t>(this) << 14; }
 
   /// The calling thread's record, made on first use. Returns: nullptr if memory or pthread keys are exhausted.
   /// Cold: once per thread, except without heavy fences and across copies of the library.
@@ -63,9 +63,8 @@ class runtime {
         return nullptr;
       }
     }
-    if (this == &own_ && asymmetric() && view().attached_to != this) {
-      const typename Platform::signal_guard guard;  // a handler must not see half of it
-      view() = {this, r->slab()};
+    if (this == &own_ && asymmetric() && slab() == nullptr) {
+      slab() = r->slab();
     }
     return r;
   }
@@ -176,7 +175,7 @@ class runtime {
   static void thread_exits(void* value) noexcept {
     auto* r = static_cast<record*>(value);
     runtime& home = *r->home;
-    if (view().attached_to == &home) view() = {nullptr, nullptr};
+    slab() = nullptr;
     while (static_slot* const s = r->static_slots) {
       r->static_slots = s->next;
       home.close(*s, r->at(s->slot));
