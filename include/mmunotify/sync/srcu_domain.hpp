@@ -64,8 +64,8 @@ class basic_srcu_domain : public detail::domain_core<Platform> {
   using word = std::atomic<std::uint64_t>;
 
  public:
-  /// Takes one of the process's slots; status() says whether one was left. Context: any thread, not in the middle of a
-  /// fork.
+  /// Takes one of the process's slots; status() says whether one was left. Context: any thread. A domain must not lie
+  /// on the stack of one thread when another forks: the child uses that stack for something else.
   basic_srcu_domain() noexcept : basic_srcu_domain(srcu_options{}) {}
   explicit basic_srcu_domain(const srcu_options& o) noexcept : core(runtime::own(), false) {
     static_cast<void>(this->open(o));

@@ -24,6 +24,7 @@
 
 #include <mmunotify/base/result.hpp>
 #include <mmunotify/config.hpp>
+#include <mmunotify/sync/detail/callback.hpp>
 #include <mmunotify/sync/detail/slab.hpp>
 #include <mmunotify/sync/detail/worker.hpp>
 
@@ -56,7 +57,8 @@ class alignas(64) runtime {
     record* r = current();
     if (r == nullptr) {
       const typename Platform::signal_guard guard;
-      r = take_record();
+      r = current();  // a handler may have attached the thread
+      if (r == nullptr) r = take_record();
       if (r == nullptr) return nullptr;
       if (!Platform::set_exit_value(key_, r)) {
         r->in_use.store(false, std::memory_order_release);  // (r3)
@@ -81,15 +83,23 @@ class alignas(64) runtime {
       return true;
     const std::lock_guard lock(mutex_);
     if (ready_.load(std::memory_order_relaxed)) return true;
+    if (!Platform::at_fork(&before_fork, &after_fork_parent, &after_fork_child)) return false;
     if (!Platform::create_exit_key(key_, &thread_exits)) return false;
+    asymmetric_ = Platform::heavy_available();
     work.own();
-    static_cast<void>(Platform::at_fork(&before_fork, &after_fork_parent, &after_fork_child));
     ready_.store(true, std::memory_order_release);  // (r7)
     return true;
   }
 
-  /// True if readers may rely on heavy fences.
-  bool asymmetric() const noexcept { return Platform::heavy_available(); }
+  /// True if readers may rely on heavy fences. One answer for all copies of the library. Precondition: prepare() said
+  /// true.
+  bool asymmetric() const noexcept { return asymmetric_; }
+
+  /// True in a thread whose exit handler has run.
+  static bool exiting() noexcept { return Platform::template own<exit_flag, bool>(); }
+
+  /// How many forks lie between this process and the one that loaded the library.
+  std::uint32_t generation() const noexcept { return generation_; }
 
   /// The fence of a grace period: heavy, or full where readers use full ones. Concurrent requests share it.
   void fence() noexcept {
@@ -121,16 +131,19 @@ class alignas(64) runtime {
     return true;
   }
 
-  /// Gives the domain a slot and knows it from now on. Returns: 0 if there is none left.
-  std::uint32_t enlist(core& d, bool isolated) noexcept {
+  /// Gives the domain a slot, unless it has one, and knows it from now on. In one step for whoever forks meanwhile.
+  /// Returns: false if there is none left.
+  bool enlist(core& d, const srcu_options& o) noexcept {
     const std::lock_guard lock(mutex_);
-    const std::uint32_t slot = slots_.take(isolated);
-    if (slot == 0) return 0;
+    if (d.slot_ != 0) return true;
+    const std::uint32_t slot = slots_.take(o.isolated);
+    if (slot == 0) return false;
     d.next_ = first_;
     d.link_ = &first_;
     if (first_ != nullptr) first_->link_ = &d.next_;
     first_ = &d;
-    return slot;
+    d.begin_life(slot, o);
+    return true;
   }
 
   /// Forgets the domain. `reusable`: every word of its slot is 0.
@@ -141,9 +154,17 @@ class alignas(64) runtime {
     if (reusable) slots_.give_back(slot, isolated);
   }
 
+  template <class F>
+  void for_each_domain(F&& f) noexcept {
+    const std::lock_guard lock(mutex_);
+    for (core* d = first_; d != nullptr; d = d->next_) f(*d);
+  }
+
   worker<Platform> work;
 
  private:
+  struct exit_flag;
+
   record* take_record() noexcept {
     for (record* r = records_.load(std::memory_order_acquire); r != nullptr; r = r->next) {  // (r1)
       bool expected = false;
@@ -176,6 +197,7 @@ class alignas(64) runtime {
     auto* r = static_cast<record*>(value);
     runtime& home = *r->home;
     slab() = nullptr;
+    Platform::template own<exit_flag, bool>() = true;
     while (static_slot* const s = r->static_slots) {
       r->static_slots = s->next;
       home.close(*s, r->at(s->slot));
@@ -198,10 +220,9 @@ class alignas(64) runtime {
   void close(std::atomic<std::uint64_t>& word, std::uint64_t outside, std::uint32_t slot) noexcept {
     violated("S8", "thread exit", "a thread exits inside a read section (domain slot %u)", slot);
     word.store(outside, std::memory_order_release);  // (r5) pairs with the grace period's scan, domain_core (d3)
-    const std::lock_guard lock(mutex_);
-    for (core* d = first_; d != nullptr; d = d->next_) {
-      if (d->slot_ == slot) d->leave_cold();
-    }
+    for_each_domain([&](core& d) {
+      if (d.slot_ == slot) d.leave_cold();
+    });
   }
 
   /// The thread_local word of a static domain goes away with its thread, so grace periods must not look at it any more.
@@ -209,6 +230,7 @@ class alignas(64) runtime {
     if (static_slot::is_inside(s.word)) close(s.word, 0, s.slot);
     s.word.store(static_slot::unattached, std::memory_order_release);  // (r5)
     s.count = 0;
+    s.slot = 0;
     // Dekker: the address goes, then a look at the pins; a scan pins, then looks for the address.
     shared.word.store(0, std::memory_order_seq_cst);  // (p1) pairs with (p2)
     if constexpr (mutated(mutation::exit_unpinned)) return;
@@ -235,6 +257,7 @@ class alignas(64) runtime {
         return true;
       });
     }
+    ++home.generation_;
     new (&home.fence_mutex_) typename Platform::mutex;
     home.fences_ended_ = home.fences_begun_.load(std::memory_order_relaxed);
     home.work.after_fork_child(home.first_);
@@ -244,6 +267,8 @@ class alignas(64) runtime {
   std::atomic<record*> records_{nullptr};
   std::atomic<bool> ready_{false};
   typename Platform::exit_key key_{};
+  bool asymmetric_ = false;
+  std::uint32_t generation_ = 0;
 
   typename Platform::mutex fence_mutex_;
   std::atomic<std::uint64_t> fences_begun_{0};  ///< written under fence_mutex_

@@ -40,7 +40,12 @@ struct static_slot {
   std::atomic<std::uint64_t> word{unattached};
   std::uint64_t count = 0;      ///< open sections of the unordered kind besides the outermost
   static_slot* next = nullptr;  ///< of the same thread
-  std::uint32_t slot = 0;       ///< the domain's
+  std::uint32_t slot = 0;       ///< the domain's; 0: not attached
+
+  /// After the thread's exit handler has run (a later one may still begin sections) nothing of the thread's may be
+  /// published any more: its sections are hand-off ones, this many of them in this bank.
+  std::uint32_t handed_off = 0;
+  std::uint32_t bank = 0;
 
   static bool is_inside(const std::atomic<std::uint64_t>& w) noexcept {
     const std::uint64_t seen = w.load(std::memory_order_relaxed);
