@@ -36,11 +36,10 @@ struct callback {
       case 1: {
         const auto token = domain_.read_lock();
         const element* const o = shared_.load(std::memory_order_acquire);
-          if (o != nullptr) model::check(o->payload.alive(), "S4: an object that a section reaches is alive");
+        if (o != nullptr) model::check(o->payload.alive(), "S4: an object that a section reaches is alive");
         return domain_.read_unlock(token);
       }
-      default:
-        static_cast<void>(domain_.drain());
+      default: static_cast<void>(domain_.drain());
     }
   }
 

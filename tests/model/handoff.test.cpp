@@ -31,7 +31,7 @@ struct handoff {
         return;
       default:
         model::wait_until([this] { return handed_over_.load(std::memory_order_acquire); });
-          if (found_ != nullptr) model::check(found_->alive(), "S6: an object that a section reaches is alive");
+        if (found_ != nullptr) model::check(found_->alive(), "S6: an object that a section reaches is alive");
         domain_.up_read(token_);
     }
   }

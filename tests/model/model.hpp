@@ -29,7 +29,7 @@ int rand();
 
 // It cannot run these where it does not see what is copied. All that is copied here consists of words.
 extern "C" [[gnu::used, clang::optnone, gnu::noinline]] inline void* memcpy(void* to, const void* from,
-                                                                           unsigned long size) {
+                                                                            unsigned long size) {
   for (unsigned long i = 0; i < size / 8; ++i)
     static_cast<unsigned long*>(to)[i] = static_cast<const unsigned long*>(from)[i];
   return to;

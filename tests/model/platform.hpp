@@ -6,10 +6,9 @@
 // Fences. A heavy fence interrupts every other thread and makes it fence. So each thread has a word; a light fence is a
 // read-modify-write (acq_rel) of the own word, a heavy one of every thread's. A light and a heavy fence are thereby
 // ordered, one way or the other, and two light ones are not. With -DMODEL_FENCES=2 both are seq_cst fences instead:
-// stronger, since light ones order each other, and weaker, since seq_cst fences order only through what is read. What is
-// right has to be right under both.
-// Sleep is a wait for a wake-up that is counted, so that a sleeper who is lost is a finding and no hang.
-// Everything is small.
+// stronger, since light ones order each other, and weaker, since seq_cst fences order only through what is read. What
+// is right has to be right under both. Sleep is a wait for a wake-up that is counted, so that a sleeper who is lost is
+// a finding and no hang. Everything is small.
 
 #include "model.hpp"
 

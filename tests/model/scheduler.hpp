@@ -351,9 +351,8 @@ class model_atomic {
   }
   bool compare_exchange_strong(T& expected, T value, memory_order o, memory_order = memory_order_relaxed) noexcept {
     const uint64_t wanted = bits(expected);
-    const uint64_t old = all().modify(&value_, sizeof(T), o, [&](uint64_t& v) {
-      return v == wanted && (v = bits(value), true);
-    });
+    const uint64_t old =
+        all().modify(&value_, sizeof(T), o, [&](uint64_t& v) { return v == wanted && (v = bits(value), true); });
     expected = typed(old);
     return old == wanted;
   }

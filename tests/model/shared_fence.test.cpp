@@ -24,11 +24,10 @@ struct shared_fence {
       case 1: {
         const auto token = domain_.read_lock();
         const model::object* const o = shared_.load(std::memory_order_acquire);
-          if (o != nullptr) model::check(o->alive(), "S1: an object that a section reaches is alive");
+        if (o != nullptr) model::check(o->alive(), "S1: an object that a section reaches is alive");
         return domain_.read_unlock(token);
       }
-      default:
-        other_.synchronize();
+      default: other_.synchronize();
     }
   }
 
