@@ -104,10 +104,37 @@ enum class mutation : int {
   unlink_before_release = 2,  ///< unregister unlinks the node first and runs its release hook afterwards
   no_grace_period = 3,        ///< srcu_domain::synchronize returns at once
   start_after_change = 4,     ///< reference_mmu changes its tables first and brackets afterwards
+  // sync/: what they remove is an obligation of the proofs in tests/model/.
+  no_heavy_fence = 5,              ///< a grace period scans without a heavy fence
+  light_for_heavy = 6,             ///< it makes a light one
+  no_light_after_lock = 7,         ///< a section's protected loads may come before its store
+  unlock_relaxed = 8,              ///< (d4)
+  lock_relaxed = 9,                ///< (d5)
+  sequence_relaxed = 10,           ///< (d1), (d2)
+  scan_relaxed = 11,               ///< (d3)
+  no_leaver_fence = 12,            ///< a leaver may look for a sleeper before its section has ended
+  no_sleeper_fence = 13,           ///< a grace period may look once more before it says that it sleeps
+  sweep_outside_section = 14,      ///< lockfree_hlist, rule H1
+  reuse_before_grace_period = 15,  ///< lockfree_hlist frees a node when it is unlinked
+  early_cookie = 16,               ///< a cookie names the grace period that has begun, not the next
+  no_handoff_recheck = 17,         ///< down_read trusts the first look at the sequence
+  handoff_scan_relaxed = 18,       ///< (d3) for the banks
+  stale_fence_ticket = 19,         ///< a request is served by a heavy fence that began before it
+  early_callbacks = 20,            ///< callbacks run without a grace period
+  early_barrier = 21,              ///< barrier returns when it has queued its sentinel
+  fork_keeps_readers = 22,         ///< a forked child waits for the sections of threads that it does not have
+  exit_unpinned = 23,              ///< a thread exits although a grace period looks at its word
+  no_handoff_scan = 24,            ///< grace periods do not wait for hand-off sections
+  torn_key = 25,                   ///< static_key: sites are patched, and nobody is told
 };
 
 /// True in the build that has this one protection removed.
 constexpr bool mutated(mutation m) noexcept { return MMUNOTIFY_MUTATION == static_cast<int>(m); }
+
+/// The memory order that the product uses; relaxed in the build that has it removed.
+consteval std::memory_order order(std::memory_order o, mutation m) noexcept {
+  return mutated(m) ? std::memory_order_relaxed : o;
+}
 
 inline void print_and_abort(const contract_violation& v) noexcept {
   std::fprintf(stderr, "mmunotify: contract %s broken in %s: %s\n", v.rule, v.function, v.sentence);

@@ -13,7 +13,9 @@
 #include <mmunotify/base/result.hpp>
 
 #include <mmunotify/sync/lockfree_hlist.hpp>
+#include <mmunotify/sync/rcu.hpp>
 #include <mmunotify/sync/srcu_domain.hpp>
+#include <mmunotify/sync/static_srcu_domain.hpp>
 
 #include <mmunotify/observe/observe.hpp>
 

@@ -65,7 +65,7 @@ struct open_bracket {
   registry<Key>* audience;
   std::uint64_t version;
 };
-static_assert(sizeof(open_bracket<std::uint64_t>) <= sizeof(thread_cells::cell));
+static_assert(sizeof(open_bracket<std::uint64_t>) <= sizeof(thread_cells<linux_platform::cells>::cell));
 
 /// Returns: false, after saying so, if the bracket is not open, or not one of this registry and thread. (Checked
 /// builds; whether it was ended before is looked at always.)
@@ -85,7 +85,7 @@ template <address_key Key>
   void* const cell = r.domain().cells(slab).take();
   if (cell == nullptr) [[unlikely]] {
     violated("P5", "address_space::invalidate", "one thread has %zu brackets open, and cannot have more",
-             thread_cells::count);
+             linux_platform::cells);
     std::abort();
   }
   auto* const b = new (cell) open_bracket<Key>;

@@ -54,6 +54,13 @@ class hlist_node {
   std::atomic<state> state_{state::idle};
 };
 
+/// What remove_async needs until the removal is complete; a member of the element, or anywhere else that lives on.
+template <class Node>
+struct hlist_removal : srcu_head {
+  Node* node = nullptr;
+  void (*done)(Node&) noexcept = nullptr;
+};
+
 template <std::derived_from<hlist_node> Node, class Domain = srcu_domain>
 class lockfree_hlist {
  public:
@@ -114,7 +121,7 @@ class lockfree_hlist {
 
   /// Effects: declares the removal complete; the node may be inserted again or destroyed. Precondition: mark() said
   /// true, sweep() has returned, and a grace period of the domain has passed since.
-  void retire(Node& node) noexcept {
+  static void retire(Node& node) noexcept {
     static_cast<hlist_node&>(node).state_.store(hlist_node::state::idle, std::memory_order_release);  // (h2)
   }
 
@@ -123,13 +130,30 @@ class lockfree_hlist {
   errc remove(Node& node) noexcept {
     if (domain_.held_by_this_thread()) return errc::would_deadlock;
     if (!mark(node)) return errc::not_registered;
-    {
-      const section s(domain_);
-      sweep(s);
-    }
-    domain_.synchronize();
+    unlink();
+    if constexpr (!detail::mutated(detail::mutation::reuse_before_grace_period)) domain_.synchronize();
     retire(node);
     return errc::ok;
+  }
+
+  /// Effects: the same, without waiting: done(node) is called as a callback of the domain when the node is free again;
+  /// it may insert it anew, or destroy it and `r`. Null: nobody is told. Preconditions: `r` is not in use; node and `r`
+  /// stay until then. Errors: not_registered (or another thread removes it); no_slot. Progress: lock-free.
+  /// Context: anywhere, also inside sections, walks and callbacks (L7).
+  errc remove_async(Node& node, hlist_removal<Node>& r, void (*done)(Node&) noexcept = nullptr) noexcept {
+    if (const errc e = domain_.status(); e != errc::ok) return e;
+    if (!mark(node)) return errc::not_registered;
+    unlink();
+    r.node = &node;
+    r.done = done;
+    // Not bounded by the domain's backlog: what is marked cannot be taken back, and there are only so many nodes.
+    return domain_.call_unbounded(r, [](srcu_head* h) noexcept {
+      const auto& finished = *static_cast<hlist_removal<Node>*>(h);
+      Node& free = *finished.node;
+      const auto tell = finished.done;
+      retire(free);
+      if (tell != nullptr) tell(free);
+    });
   }
 
   /// Walks the nodes that are not deleted, newest first: `for (Node& n : list)`.
@@ -170,6 +194,17 @@ class lockfree_hlist {
 
   static std::uintptr_t address(hlist_node& n) noexcept { return reinterpret_cast<std::uintptr_t>(&n); }
   static hlist_node* node_at(std::uintptr_t link) noexcept { return reinterpret_cast<hlist_node*>(link); }
+
+  /// Rule H1.
+  void unlink() noexcept {
+    if constexpr (detail::mutated(detail::mutation::sweep_outside_section)) {
+      while (!sweep_once()) {
+      }
+    } else {
+      const section s(domain_);
+      sweep(s);
+    }
+  }
 
   /// One walk. Returns: false if a neighbour changed under it and it must be repeated.
   bool sweep_once() noexcept {

@@ -1,15 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-// What all read-section domains of one process share: the threads' slabs and the domains' slots.
-//
-//   thread A  -> slab A: [word of slot 0][word of slot 1][word of slot 2] ...
-//   thread B  -> slab B: [word of slot 0][word of slot 1][word of slot 2] ...
-//
-// A slab belongs to one thread, which alone stores to it; a domain is an index (its slot) into every slab. So a domain
-// costs a thread 8 bytes (the cells behind the words are for open brackets), and two threads never store to the same
-// cache line. Slabs are reserved address space; a page of one is committed when its thread first enters a section of
-// one of the page's 256 domains.
+// What all read-section domains of one process share: the threads' slabs, the domains' slots, the heavy fences.
 //
 // Records are immortal and recycled: a grace period walks them without a lock. The thread finds its slab through one
 // constinit thread_local pair {runtime, slab}; the runtime is compared on every entry, because inline variables are
@@ -17,91 +9,38 @@
 // by one copy of this library and entered through another takes the cold path, which goes through the domain's own
 // runtime. (Limit: the copy that made a runtime must not be unloaded while threads live that used it.) The cold path is
 // also taken always when heavy fences are not to be had: the pair is then never published.
+//
+// Heavy fences are shared: the kernel serialises them, so a request that finds one running waits for its end, and then
+// one fence serves all who wait. A fence serves the requests that were made before it began.
+//
+// fork. The child has one thread and all the memory. Its handler clears the other threads' slabs (their sections are
+// gone with them), makes every lock anew that another thread may have held, and forgets the worker thread.
 
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <mutex>
 #include <new>
 
 #include <mmunotify/base/result.hpp>
 #include <mmunotify/config.hpp>
+#include <mmunotify/sync/detail/slab.hpp>
+#include <mmunotify/sync/detail/worker.hpp>
 
 MMUNOTIFY_BEGIN_NAMESPACE
 namespace detail {
 
-/// What a slab holds for one domain.
-struct section_slot {
-  /// 0 outside of the domain's sections, else the domain's sequence at the entry of the outermost. Written by the
-  /// owner.
-  std::atomic<std::uint64_t> word;
-  /// Open sections of the unordered kind besides the outermost. The owner's alone.
-  std::uint64_t nested;
-};
-static_assert(sizeof(section_slot) == 16 && std::atomic<std::uint64_t>::is_always_lock_free);
-
-/// Fixed-size cells of a thread's own, in its slab: what an armed bracket has to remember from its start to its end.
-/// Taking one is two loads and a store and allocates nothing (the pages of the slab are committed on first touch). Not
-/// for signal handlers: sections may begin there, brackets may not.
-struct alignas(64) thread_cells {
-  struct alignas(64) cell {
-    cell* next;
-    std::byte rest[56];
-  };
-  static constexpr std::size_t count = 4096;
-
-  cell* free;
-  std::size_t used;  ///< cells from here on were never taken
-
-  /// Returns: nullptr when all are taken.
-  [[gnu::always_inline]] void* take() noexcept {
-    if (cell* const c = free; c != nullptr) [[likely]] {
-      free = c->next;
-      return c;
-    }
-    if (used == count) return nullptr;
-    return reinterpret_cast<cell*>(this + 1) + used++;
-  }
-  [[gnu::always_inline]] void give_back(void* p) noexcept {
-    auto* const c = static_cast<cell*>(p);
-    c->next = free;
-    free = c;
-  }
-};
-
 template <class Platform>
-class runtime;
-
-template <class Platform>
-struct thread_record {
-  static constexpr std::size_t words_size = std::size_t{Platform::slots} * sizeof(section_slot);
-  static constexpr std::size_t cells_offset = (words_size + 63) & ~std::size_t{63};
-  static constexpr std::size_t slab_size =
-      cells_offset + sizeof(thread_cells) + thread_cells::count * sizeof(thread_cells::cell);
-
-  runtime<Platform>* home = nullptr;
-  std::byte* slab = nullptr;
-  std::atomic<bool> in_use{true};
-  thread_record* next = nullptr;  // never changes once the record is on the list
-
-  [[gnu::always_inline]] static section_slot& slot_in(std::byte* slab, std::uint32_t slot) noexcept {
-    // The slab is zeroed memory of the right size and alignment, and all zeros are a valid section_slot.
-    return *std::launder(reinterpret_cast<section_slot*>(slab + std::size_t{slot} * sizeof(section_slot)));
-  }
-  section_slot& at(std::uint32_t slot) const noexcept { return slot_in(slab, slot); }
-  [[gnu::always_inline]] static thread_cells& cells_in(std::byte* slab) noexcept {
-    return *std::launder(reinterpret_cast<thread_cells*>(slab + cells_offset));
-  }
-};
+class domain_core;
 
 template <class Platform>
 class runtime {
  public:
   using record = thread_record<Platform>;
+  using core = domain_core<Platform>;
 
   /// This copy's runtime. Never destroyed: threads may outlive static destruction.
-  static runtime& own() noexcept { return own_; }
+  static constexpr runtime& own() noexcept { return own_; }
 
   /// What a section's fast path reads: {the runtime that this thread is attached to, its slab}.
   struct thread_view {
@@ -114,7 +53,7 @@ class runtime {
   /// Cold: once per thread, except without heavy fences and across copies of the library.
   MMUNOTIFY_COLD record* attach() noexcept {
     if (!prepare()) return nullptr;
-    auto* r = static_cast<record*>(Platform::exit_value(key_));
+    record* r = current();
     if (r == nullptr) {
       const typename Platform::signal_guard guard;
       r = take_record();
@@ -126,44 +65,84 @@ class runtime {
     }
     if (this == &own_ && asymmetric() && view_.attached_to != this) {
       const typename Platform::signal_guard guard;  // a handler must not see half of it
-      view_ = {this, r->slab};
+      view_ = {this, r->slab()};
     }
     return r;
   }
 
-  /// Makes the pthread key. Every domain calls it when it is made, so that the function that runs at thread exit is
-  /// that of the copy of the library that owns this runtime. Returns: false if the process has no key left.
+  /// Returns: the calling thread's record, or nullptr if it has none. Precondition: prepare() said true.
+  record* current() const noexcept { return static_cast<record*>(Platform::exit_value(key_)); }
+
+  /// Makes the pthread key and the fork handlers. Every domain calls it when it is made, so that what runs at thread
+  /// exit and fork, and in the worker, is code of the copy of the library that owns this runtime. Returns: false if the
+  /// process has no key left.
   bool prepare() noexcept {
-    std::call_once(once_, [this] { ready_ = Platform::create_exit_key(key_, &thread_exits); });
-    return ready_;
+    // (r6) acquire pairs with (r7): the key is there.
+    if (ready_.load(std::memory_order_acquire)) [[likely]]
+      return true;
+    const std::lock_guard lock(mutex_);
+    if (ready_.load(std::memory_order_relaxed)) return true;
+    if (!Platform::create_exit_key(key_, &thread_exits)) return false;
+    work.own();
+    static_cast<void>(Platform::at_fork(&before_fork, &after_fork_parent, &after_fork_child));
+    ready_.store(true, std::memory_order_release);  // (r7)
+    return true;
   }
 
   /// True if readers may rely on heavy fences.
   bool asymmetric() const noexcept { return Platform::heavy_available(); }
 
+  /// The fence of a grace period: heavy, or full where readers use full ones. Concurrent requests share it.
+  void fence() noexcept {
+    if constexpr (mutated(mutation::no_heavy_fence)) return;
+    if constexpr (mutated(mutation::light_for_heavy)) return Platform::light();
+    if (!asymmetric()) return Platform::full();
+    if (fence_mutex_.try_lock()) {
+      heavy_locked();
+    } else {
+      // The caller's stores, then its look at the counter. Partner: heavy_locked counts, then fences. If this look
+      // misses fence n + 1, that fence begins after the stores and serves them.
+      Platform::full();
+      const std::uint64_t begun = fences_begun_.load(std::memory_order_relaxed);
+      const std::uint64_t needed = mutated(mutation::stale_fence_ticket) ? begun : begun + 1;
+      fence_mutex_.lock();
+      if (fences_ended_ < needed) heavy_locked();
+    }
+    fence_mutex_.unlock();
+  }
+
   /// Calls f(record) for every record, until f returns false. A thread that attaches meanwhile may be missed; the
-  /// fences around grace periods make that harmless (see srcu_domain, ordering d4).
+  /// fences around grace periods make that harmless: its record is published before its first section's fence.
   template <class F>
-  void for_each_record(F&& f) const noexcept {
+  bool for_each_record(F&& f) const noexcept {
     // (r1) acquire pairs with (r2): the record is complete.
     for (record* r = records_.load(std::memory_order_acquire); r != nullptr; r = r->next) {
-      if (!f(*r)) return;
+      if (!f(*r)) return false;
     }
+    return true;
   }
 
-  /// Takes a slot. Returns: 0, which is nobody's slot, when all are in use. O(1).
-  std::uint32_t take_slot() noexcept {
-    const std::lock_guard lock(slots_mutex_);
-    if (free_count_ != 0) return free_slots_[--free_count_];
-    if (slots_used_ == Platform::slots - 1) return 0;
-    return ++slots_used_;
+  /// Gives the domain a slot and knows it from now on. Returns: 0 if there is none left.
+  std::uint32_t enlist(core& d, bool isolated) noexcept {
+    const std::lock_guard lock(mutex_);
+    const std::uint32_t slot = slots_.take(isolated);
+    if (slot == 0) return 0;
+    d.next_ = first_;
+    d.link_ = &first_;
+    if (first_ != nullptr) first_->link_ = &d.next_;
+    first_ = &d;
+    return slot;
   }
 
-  /// Precondition: every word of the slot is 0.
-  void give_back_slot(std::uint32_t slot) noexcept {
-    const std::lock_guard lock(slots_mutex_);
-    free_slots_[free_count_++] = static_cast<std::uint16_t>(slot);
+  /// Forgets the domain. `reusable`: every word of its slot is 0.
+  void delist(core& d, std::uint32_t slot, bool isolated, bool reusable) noexcept {
+    const std::lock_guard lock(mutex_);
+    *d.link_ = d.next_;
+    if (d.next_ != nullptr) d.next_->link_ = d.link_;
+    if (reusable) slots_.give_back(slot, isolated);
   }
+
+  worker<Platform> work;
 
  private:
   record* take_record() noexcept {
@@ -174,19 +153,22 @@ class runtime {
         return r;
       }
     }
-    auto* r = new (std::nothrow) record;
-    if (r == nullptr) return nullptr;
+    std::byte* const memory = Platform::allocate_slab(record::memory_size);
+    if (memory == nullptr) return nullptr;
+    auto* const r = new (memory) record;
     r->home = this;
-    r->slab = Platform::allocate_slab(record::slab_size);
-    if (r->slab == nullptr) {
-      delete r;
-      return nullptr;
-    }
     r->next = records_.load(std::memory_order_relaxed);
     // (r2) release pairs with (r1).
     while (!records_.compare_exchange_weak(r->next, r, std::memory_order_release, std::memory_order_relaxed)) {
     }
     return r;
+  }
+
+  /// Precondition: fence_mutex_ is held.
+  void heavy_locked() noexcept {
+    fences_begun_.store(fences_begun_.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+    Platform::heavy();
+    fences_ended_ = fences_begun_.load(std::memory_order_relaxed);
   }
 
   /// Runs in the exiting thread, after its thread_local destructors. A section that is still open is the user's bug: it
@@ -195,30 +177,83 @@ class runtime {
     auto* r = static_cast<record*>(value);
     runtime& home = *r->home;
     if (view_.attached_to == &home) view_ = {nullptr, nullptr};
-    std::uint32_t limit = 0;
-    {
-      const std::lock_guard lock(home.slots_mutex_);
-      limit = home.slots_used_ + 1;
+    while (static_slot* const s = r->static_slots) {
+      r->static_slots = s->next;
+      home.close(*s, r->at(s->slot));
     }
-    for (std::uint32_t slot = 1; slot < limit; ++slot) {
+    std::uint32_t end = 0;
+    {
+      const std::lock_guard lock(home.mutex_);
+      end = home.slots_.end();
+    }
+    for (std::uint32_t slot = 1; slot < end; ++slot) {
       section_slot& open = r->at(slot);
       if (open.word.load(std::memory_order_relaxed) == 0) continue;
-      violated("S8", "thread exit", "a thread exits inside a read section (domain slot %u)", slot);
-      open.nested = 0;
-      open.word.store(0, std::memory_order_release);  // (r5) pairs with the grace period's scan, srcu_domain (d3)
+      open.count.store(0, std::memory_order_relaxed);
+      home.close(open.word, 0, slot);
     }
     r->in_use.store(false, std::memory_order_release);  // (r3) pairs with (r4)
   }
 
+  /// Ends a section that its thread leaves open.
+  void close(std::atomic<std::uint64_t>& word, std::uint64_t outside, std::uint32_t slot) noexcept {
+    violated("S8", "thread exit", "a thread exits inside a read section (domain slot %u)", slot);
+    word.store(outside, std::memory_order_release);  // (r5) pairs with the grace period's scan, domain_core (d3)
+    const std::lock_guard lock(mutex_);
+    for (core* d = first_; d != nullptr; d = d->next_) {
+      if (d->slot_ == slot) d->leave_cold();
+    }
+  }
+
+  /// The thread_local word of a static domain goes away with its thread, so grace periods must not look at it any more.
+  void close(static_slot& s, section_slot& shared) noexcept {
+    if (static_slot::is_inside(s.word)) close(s.word, 0, s.slot);
+    s.word.store(static_slot::unattached, std::memory_order_release);  // (r5)
+    s.count = 0;
+    // Dekker: the address goes, then a look at the pins; a scan pins, then looks for the address.
+    shared.word.store(0, std::memory_order_seq_cst);  // (p1) pairs with (p2)
+    if constexpr (mutated(mutation::exit_unpinned)) return;
+    while (shared.count.load(std::memory_order_seq_cst) != 0) Platform::yield();  // (p3) pairs with (p4)
+  }
+
+  static void before_fork() noexcept {
+    own_.mutex_.lock();
+    own_.work.before_fork();
+  }
+  static void after_fork_parent() noexcept {
+    own_.work.after_fork_parent();
+    own_.mutex_.unlock();
+  }
+  static void after_fork_child() noexcept {
+    runtime& home = own_;
+    if constexpr (!mutated(mutation::fork_keeps_readers)) {
+      const record* const mine = home.current();
+      home.for_each_record([&](record& r) {
+        if (&r == mine || !r.in_use.load(std::memory_order_relaxed)) return true;
+        r.clear();
+        r.static_slots = nullptr;
+        r.in_use.store(false, std::memory_order_relaxed);
+        return true;
+      });
+    }
+    new (&home.fence_mutex_) typename Platform::mutex;
+    home.fences_ended_ = home.fences_begun_.load(std::memory_order_relaxed);
+    for (core* d = home.first_; d != nullptr; d = d->next_) d->after_fork();
+    home.work.after_fork_child();
+    home.mutex_.unlock();
+  }
+
   std::atomic<record*> records_{nullptr};
-  std::once_flag once_;
-  bool ready_ = false;
+  std::atomic<bool> ready_{false};
   typename Platform::exit_key key_{};
 
-  std::mutex slots_mutex_;
-  std::uint32_t slots_used_ = 0;  ///< slots 1 .. slots_used_ have been taken at some time
-  std::uint32_t free_count_ = 0;
-  std::uint16_t free_slots_[Platform::slots] = {};
+  typename Platform::mutex fence_mutex_;
+  std::atomic<std::uint64_t> fences_begun_{0};  ///< written under fence_mutex_
+  std::uint64_t fences_ended_ = 0;              ///< under fence_mutex_
+
+  typename Platform::mutex mutex_;  ///< guards what follows; a leaf but for the worker's
+  core* first_ = nullptr;           ///< all domains with a slot
+  slot_allocator<Platform::slots> slots_;
 
   static runtime own_;
   [[gnu::tls_model("initial-exec")]] static thread_local constinit thread_view view_;

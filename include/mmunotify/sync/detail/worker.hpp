@@ -1,0 +1,287 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+// The thread that runs deferred callbacks: one for each runtime, started when the first callback is queued, stopped
+// when the process exits or the copy of the library that owns the runtime is unloaded.
+//
+// It works in rounds. A round takes what was queued in every domain that has work, begins their grace periods, makes
+// one heavy fence for all of them, and runs the callbacks of those whose readers have left. A domain whose readers have
+// not is marked; the last of them wakes the worker (domain_core, ordering w). So a sleeper in one domain does not delay
+// another (S7); a callback that takes long does, and a user whose callbacks do names an executor of their own.
+//
+// Queues of domains: `pending_`, pushed to without a lock, and `active_`, `ready_`, under the mutex. A domain is in at
+// most one of them, and says so in `posted_`. Before the last callbacks of a domain run, it is in none: a callback, or
+// whoever waits for it, may destroy the domain. The mutex is not held while a callback runs. What is being run is kept
+// in `running_`, not in the thread, so that a forked child can go on where the parent's worker was.
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <utility>
+
+#include <mmunotify/config.hpp>
+
+MMUNOTIFY_BEGIN_NAMESPACE
+
+/// What a deferred callback needs; a member or base of what it frees. 16 bytes.
+struct srcu_head {
+  srcu_head* next = nullptr;
+  /// Null while the head is not queued.
+  void (*function)(srcu_head*) noexcept = nullptr;
+};
+using srcu_callback = void (*)(srcu_head*) noexcept;
+
+namespace detail {
+
+template <class Platform>
+class domain_core;
+template <class Platform>
+class runtime;
+
+template <class Platform>
+class worker {
+  using core = domain_core<Platform>;
+  using home_type = runtime<Platform>;
+
+ public:
+  /// Called once, by the copy of the library that owns the runtime: the code that is run is its own.
+  void own() noexcept { start_ = &start_own; }
+
+  /// Effects: sees to it that the domain's callbacks are run. Progress: lock-free but for the start of the thread.
+  void post(core& d) noexcept {
+    // (k1) acq_rel pairs with (k2): who finds the domain posted has its callback queued before the worker looks.
+    if (!d.posted_.exchange(true, std::memory_order_acq_rel)) {
+      core* first = pending_.load(std::memory_order_relaxed);
+      do {
+        d.next_work_ = first;
+        // (k3) release pairs with (k4).
+      } while (!pending_.compare_exchange_weak(first, &d, std::memory_order_release, std::memory_order_relaxed));
+    }
+    kick();
+    static_cast<void>(start());
+  }
+
+  /// Effects: the worker does another round. Context: anywhere, also at the end of a section.
+  void kick() noexcept {
+    // Dekker: the round's number, then a look whether the worker sleeps; it says that it sleeps, then looks at the
+    // number.
+    rounds_.fetch_add(1, std::memory_order_seq_cst);                       // (k5) pairs with (k8)
+    if (asleep_.load(std::memory_order_seq_cst)) Platform::wake(rounds_);  // (k6) pairs with (k7)
+  }
+
+  /// Returns: true once there is a thread; false if the system has none left.
+  bool start() noexcept {
+    // (k9) acquire pairs with (k10).
+    return state_.load(std::memory_order_acquire) == state::running || start_(*this);
+  }
+
+  /// Returns: true in the thread that runs callbacks, inside one.
+  bool runs_here() const noexcept { return runner_.load(std::memory_order_relaxed) == Platform::self(); }
+
+  /// Effects: where no thread can be had, the caller does the work until `done` is not 0.
+  void run_here(const std::atomic<std::uint32_t>& done) noexcept {
+    while (done.load(std::memory_order_acquire) == 0) {  // (q5) pairs with (q4)
+      if (!claim()) {
+        Platform::yield();
+        continue;
+      }
+      while (done.load(std::memory_order_acquire) == 0) {  // (q5)
+        if (!round()) Platform::yield();
+      }
+      runner_.store(0, std::memory_order_relaxed);
+      state_.store(state::none, std::memory_order_release);  // (k10) pairs with (k9)
+    }
+  }
+
+  /// Effects: takes a domain off the lists that has nothing queued, before it is destroyed in a callback of another.
+  void forget(core& d) noexcept {
+    const std::lock_guard lock(mutex_);
+    adopt_pending();
+    for (core** list : {&active_, &ready_}) {
+      while (*list != nullptr && *list != &d) list = &(*list)->next_work_;
+      if (*list == &d) *list = d.next_work_;
+    }
+  }
+
+  void before_fork() noexcept { mutex_.lock(); }
+  void after_fork_parent() noexcept { mutex_.unlock(); }
+  /// The child has no worker, unless it was the worker that forked, in a callback.
+  void after_fork_child() noexcept {
+    if (!runs_here()) {
+      runner_.store(0, std::memory_order_relaxed);
+      state_.store(state::none, std::memory_order_relaxed);
+      asleep_.store(false, std::memory_order_relaxed);
+    }
+    mutex_.unlock();
+  }
+
+ private:
+  enum class state : std::uint32_t { none, running };
+
+  static home_type& home() noexcept { return home_type::own(); }
+
+  bool claim() noexcept {
+    state expected = state::none;
+    // (k9) acquire pairs with (k10): what the previous worker left is complete.
+    if (!state_.compare_exchange_strong(expected, state::running, std::memory_order_acquire)) return false;
+    runner_.store(Platform::self(), std::memory_order_relaxed);
+    return true;
+  }
+
+  static bool start_own(worker& w) noexcept {
+    const std::lock_guard lock(w.mutex_);
+    state expected = state::none;
+    if (!w.state_.compare_exchange_strong(expected, state::running, std::memory_order_acquire)) return true;  // (k9)
+    if (w.stop_at_exit_ || Platform::at_exit(&stop)) {
+      w.stop_at_exit_ = true;
+      if (Platform::start_thread(w.thread_, &main, &w)) return true;
+    }
+    w.state_.store(state::none, std::memory_order_release);  // (k10)
+    return false;
+  }
+
+  /// At exit. What is still queued then is not run: nobody waits for it.
+  static void stop() noexcept {
+    worker& w = home().work;
+    {
+      const std::lock_guard lock(w.mutex_);
+      w.stop_at_exit_ = false;
+      if (w.state_.load(std::memory_order_acquire) != state::running || w.runs_here()) return;  // (k9)
+      w.stopping_.store(true, std::memory_order_relaxed);
+    }
+    w.kick();
+    Platform::join(w.thread_);
+    w.stopping_.store(false, std::memory_order_relaxed);
+    w.state_.store(state::none, std::memory_order_release);  // (k10)
+  }
+
+  static void* main(void* argument) noexcept {
+    auto& w = *static_cast<worker*>(argument);
+    w.runner_.store(Platform::self(), std::memory_order_relaxed);
+    while (!w.stopping_.load(std::memory_order_relaxed)) {
+      const std::uint32_t seen = w.rounds_.load(std::memory_order_acquire);  // (k8) pairs with (k5)
+      if (w.round()) continue;
+      w.asleep_.store(true, std::memory_order_seq_cst);         // (k7) pairs with (k6)
+      if (w.rounds_.load(std::memory_order_seq_cst) == seen) {  // (k8) pairs with (k5)
+        Platform::wait(w.rounds_, seen);
+      }
+      w.asleep_.store(false, std::memory_order_relaxed);
+    }
+    w.runner_.store(0, std::memory_order_relaxed);
+    return nullptr;
+  }
+
+  /// Returns: true if another round may find something to do at once.
+  bool round() noexcept {
+    bool again = false;
+    {
+      const std::lock_guard lock(mutex_);
+      adopt_pending();
+      begin_batches();
+      again = sort_out();
+      if (mark_stuck()) again |= sort_out();
+    }
+    return run_ready() || again;
+  }
+
+  /// In the order in which they came.
+  void adopt_pending() noexcept {
+    core* list = pending_.exchange(nullptr, std::memory_order_acquire);  // (k4) pairs with (k3)
+    core* reversed = nullptr;
+    while (list != nullptr) reversed = std::exchange(list, std::exchange(list->next_work_, reversed));
+    core** end = &active_;
+    while (*end != nullptr) end = &(*end)->next_work_;
+    *end = reversed;
+  }
+
+  /// One fence for all grace periods that begin.
+  void begin_batches() noexcept {
+    bool any = false;
+    for (core* d = active_; d != nullptr; d = d->next_work_) any |= d->begin_batch();
+    if (!any) return;
+    home_of(*active_).fence();
+    for (core* d = active_; d != nullptr; d = d->next_work_) d->batch_fenced();
+  }
+
+  /// Moves the domains whose grace period is over to ready_. Returns: true if one must be looked at again soon.
+  bool sort_out() noexcept {
+    bool again = false;
+    core** end = &ready_;
+    while (*end != nullptr) end = &(*end)->next_work_;
+    for (core** link = &active_; *link != nullptr;) {
+      core* const d = *link;
+      const auto found = d->advance_batch();
+      again |= found == core::progress::busy;
+      if (found != core::progress::over) {
+        link = &d->next_work_;
+        continue;
+      }
+      *link = std::exchange(d->next_work_, nullptr);
+      *end = d;
+      end = &d->next_work_;
+    }
+    return again;
+  }
+
+  /// Whoever leaves a section that a marked domain waits for kicks the worker. Returns: true if one was marked now.
+  bool mark_stuck() noexcept {
+    bool any = false;
+    for (core* d = active_; d != nullptr; d = d->next_work_) any |= d->await_leavers();
+    if (any) home_of(*active_).fence();
+    return any;
+  }
+
+  /// Returns: true if callbacks were run.
+  bool run_ready() noexcept {
+    bool any = false;
+    while (next_ready()) {
+      any = true;
+      while (srcu_head* const h = running_) {
+        running_ = h->next;
+        running_of_->run(*h);
+      }
+    }
+    return any;
+  }
+
+  /// Takes the callbacks of one domain, or what a worker left that a fork has taken away.
+  bool next_ready() noexcept {
+    const std::lock_guard lock(mutex_);
+    if (running_ != nullptr) return true;
+    core* const d = ready_;
+    if (d == nullptr) return false;
+    ready_ = std::exchange(d->next_work_, nullptr);
+    running_of_ = d;
+    running_ = d->take_batch();
+    // (k2) acq_rel pairs with (k1). Whoever has queued a callback meanwhile and found the domain posted is seen here.
+    d->posted_.exchange(false, std::memory_order_acq_rel);
+    if (d->has_incoming() && !d->posted_.exchange(true, std::memory_order_acq_rel)) {  // (k1)
+      d->next_work_ = std::exchange(active_, d);
+    }
+    return true;
+  }
+
+  static home_type& home_of(core& d) noexcept { return *d.runtime_; }
+
+  std::atomic<core*> pending_{nullptr};
+  std::atomic<std::uint32_t> rounds_{0};
+  std::atomic<bool> asleep_{false};
+  std::atomic<bool> stopping_{false};
+  std::atomic<state> state_{state::none};
+  std::atomic<std::uintptr_t> runner_{0};  ///< Platform::self() of whoever runs callbacks
+  bool (*start_)(worker&) noexcept = nullptr;
+
+  typename Platform::mutex mutex_;  ///< guards what follows; a leaf but for the domains' drivers, which it only tries
+  core* active_ = nullptr;
+  core* ready_ = nullptr;
+  bool stop_at_exit_ = false;
+  typename Platform::thread thread_{};
+
+  // The worker's own.
+  srcu_head* running_ = nullptr;
+  core* running_of_ = nullptr;
+};
+
+}  // namespace detail
+MMUNOTIFY_END_NAMESPACE
