@@ -45,35 +45,27 @@ void on_violation(void (*f)(const char*) noexcept) {
   set_contract_handler(f == nullptr ? nullptr : +[](const contract_violation& v) noexcept { violation_sink(v.rule); });
 }
 
-const copy_interface own_interface{
-    .checked = MMUNOTIFY_CHECKED,
+const copy_interface own_interface {
+  .checked = MMUNOTIFY_CHECKED,
 #if defined(__clang__)
-    .clang = true,
+  .clang = true,
 #else
-    .clang = false,
+  .clang = false,
 #endif
-    .domain_size = sizeof(srcu_domain),
-    .runtime = &detail::runtime<linux_platform>::own(),
-    .make = []() -> void* { return new srcu_domain; },
-    .destroy = [](void* d) { delete &at(d); },
-    .grace_periods = [](void* d) { return at(d).grace_periods(); },
-    .records = &records,
-    .read_lock = [](void* d) { return std::bit_cast<copy_token>(at(d).read_lock()); },
-    .read_unlock = [](void* d, copy_token t) { at(d).read_unlock(std::bit_cast<srcu_domain::section_token>(t)); },
-    .lock = [](void* d) { at(d).lock(); },
-    .unlock = [](void* d) { at(d).unlock(); },
-    .down_read = [](void* d) { return std::bit_cast<std::uint32_t>(at(d).down_read()); },
-    .up_read =
-        [](void* d, std::uint32_t t) { at(d).up_read(std::bit_cast<srcu_domain::handoff_token>(t)); },
-    .held = [](void* d) { return at(d).held_by_this_thread(); },
-    .look = &look,
-    .synchronize = [](void* d) { at(d).synchronize(); },
-    .synchronize_expedited = [](void* d) { at(d).synchronize_expedited(); },
-    .start_poll = [](void* d) { return std::bit_cast<std::uint64_t>(at(d).start_poll()); },
-    .poll = [](void* d, std::uint64_t c) { return at(d).poll(std::bit_cast<srcu_domain::cookie>(c)); },
-    .call = &call,
-    .barrier = [](void* d) { at(d).barrier(); },
-    .on_violation = &on_violation,
+  .domain_size = sizeof(srcu_domain), .runtime = &detail::runtime<linux_platform>::own(),
+  .make = []() -> void* { return new srcu_domain; }, .destroy = [](void* d) { delete &at(d); },
+  .grace_periods = [](void* d) { return at(d).grace_periods(); }, .records = &records,
+  .read_lock = [](void* d) { return std::bit_cast<copy_token>(at(d).read_lock()); },
+  .read_unlock = [](void* d, copy_token t) { at(d).read_unlock(std::bit_cast<srcu_domain::section_token>(t)); },
+  .lock = [](void* d) { at(d).lock(); }, .unlock = [](void* d) { at(d).unlock(); },
+  .down_read = [](void* d) { return std::bit_cast<std::uint32_t>(at(d).down_read()); },
+  .up_read = [](void* d, std::uint32_t t) { at(d).up_read(std::bit_cast<srcu_domain::handoff_token>(t)); },
+  .held = [](void* d) { return at(d).held_by_this_thread(); }, .look = &look,
+  .synchronize = [](void* d) { at(d).synchronize(); },
+  .synchronize_expedited = [](void* d) { at(d).synchronize_expedited(); },
+  .start_poll = [](void* d) { return std::bit_cast<std::uint64_t>(at(d).start_poll()); },
+  .poll = [](void* d, std::uint64_t c) { return at(d).poll(std::bit_cast<srcu_domain::cookie>(c)); }, .call = &call,
+  .barrier = [](void* d) { at(d).barrier(); }, .on_violation = &on_violation,
 };
 
 }  // namespace
