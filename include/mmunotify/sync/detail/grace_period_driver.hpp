@@ -33,8 +33,6 @@ class grace_period_driver {
 
  protected:
   static constexpr std::uint64_t first_sequence = 1;
-  static constexpr int patient_spins = 200;       ///< about 2 us of pause before a grace period sleeps
-  static constexpr int expedited_spins = 10'000;  ///< about 100 us
 
   // waiter_: why a leaver must take the cold path.
   static constexpr std::uint32_t always = 1;    ///< there are no heavy fences
@@ -42,6 +40,13 @@ class grace_period_driver {
   static constexpr std::uint32_t deferred = 4;  ///< callbacks wait for leavers
 
   constexpr explicit grace_period_driver(home& h, bool indirect) noexcept : runtime_(&h), indirect_(indirect) {}
+
+  bool check_slot(const char* function) const noexcept {
+    if (this->slot_ != 0) [[likely]]
+      return true;
+    violated("S1", function, "the domain has no slot; see status()");
+    return false;
+  }
 
   // --- Requests. --------------------------------------------------------------------------------------------------
 
@@ -123,6 +128,10 @@ class grace_period_driver {
       }
       leave_bank(bank);
     }
+  }
+
+  bool banks_empty() const noexcept {
+    return banks_[0].load(std::memory_order_relaxed) + banks_[1].load(std::memory_order_relaxed) == 0;
   }
 
   void leave_bank(std::uint32_t bank) noexcept {

@@ -31,7 +31,7 @@ struct section_slot {
   /// the thread_local word just now, so that it must not go away.
   std::atomic<std::uint64_t> count;
 };
-static_assert(sizeof(section_slot) == 16 && std::atomic<std::uint64_t>::is_always_lock_free);
+static_assert(sizeof(section_slot) == 16);
 
 /// A thread's word in a static domain, thread_local. Constant-initialised: not attached.
 struct static_slot {

@@ -14,6 +14,7 @@
 //   light() heavy() full() relax()
 //   wait(word, value)   sleeps while word == value, may return early; wake(word) wakes all sleepers
 //   slots, cells        how many domains there can be at a time, and how many open brackets a thread can have
+//   spins, expedited_spins   how often a grace period looks, with relax() between, before it sleeps
 //   allocate_slab(n)    n zeroed bytes, committed on first touch; nullptr if there are none; never given back
 //   clear_slab(p, n)    zeroes it again
 //   create_exit_key(f), exit_value(key), set_exit_value(key, v)   a per-thread pointer, and f(v) when the thread exits
@@ -50,9 +51,13 @@
 MMUNOTIFY_BEGIN_NAMESPACE
 
 struct linux_platform {
+  static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
+
   /// Read-section slots: the number of domains that can exist at a time in one process.
   static constexpr std::uint32_t slots = 1U << 16;
   static constexpr std::size_t cells = 4096;
+  static constexpr int spins = 200;               ///< about 2 us of relax() before a grace period sleeps
+  static constexpr int expedited_spins = 10'000;  ///< about 100 us
 
   /// Returns: true if the kernel grants private expedited membarriers to this process. Registers on the first call.
   static bool heavy_available() noexcept {

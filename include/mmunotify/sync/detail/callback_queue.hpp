@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+// The callbacks of one domain: a stack that anybody pushes to, and a batch that waits for its grace period.
+//
+//   call() -> incoming_ --take all, oldest first--> batch_ --grace period--> run
+//
+// The first push on an empty stack tells whoever runs the callbacks (the worker, or the user's executor), so none is
+// forgotten: the stack is emptied by one exchange. One thread at a time has to do with the batch: the worker, under its
+// mutex, or whoever drains.
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#include <mmunotify/base/result.hpp>
+#include <mmunotify/config.hpp>
+#include <mmunotify/sync/detail/grace_period_driver.hpp>
+
+MMUNOTIFY_BEGIN_NAMESPACE
+
+/// How a domain is made.
+struct srcu_options {
+  /// The domain's words have a cache line of their own in every thread: for one that is polled or synchronized in a
+  /// loop, beside others whose sections must not notice. Costs 64 bytes per thread instead of 16.
+  bool isolated = false;
+  /// call() answers errc::again while this many callbacks are queued. 0: no bound.
+  std::size_t max_backlog = 0;
+  /// Who runs the callbacks. Null: the process's worker thread. Otherwise it is asked to see to it that drain() is
+  /// called soon, by anybody and outside the domain's sections. It is called in call() and at the end of sections, from
+  /// any thread: it must not block, drain, or make and destroy domains.
+  void (*schedule)(void* context) noexcept = nullptr;
+  void* context = nullptr;
+};
+
+namespace detail {
+
+template <class Platform>
+class callback_queue : public grace_period_driver<Platform> {
+  using driver = grace_period_driver<Platform>;
+  friend driver;
+
+ protected:
+  using typename driver::progress;
+
+  constexpr callback_queue(runtime<Platform>& h, bool indirect) noexcept : driver(h, indirect) {}
+
+  void configure(const srcu_options& o) noexcept {
+    max_backlog_ = o.max_backlog;
+    schedule_ = o.schedule;
+    context_ = o.context;
+  }
+
+  /// bound: of the backlog; 0: none.
+  errc enqueue(srcu_head& head, srcu_callback function, std::size_t bound) noexcept {
+    if (!this->check_slot("srcu_domain::call")) return errc::no_slot;
+    if (function == nullptr || head.function != nullptr) [[unlikely]] {
+      violated("L6", "srcu_domain::call", function == nullptr ? "the callback is null" : "the head is already queued");
+      return errc::already_registered;
+    }
+    if (backlog_.fetch_add(1, std::memory_order_relaxed) >= bound && bound != 0) [[unlikely]] {
+      backlog_.fetch_sub(1, std::memory_order_relaxed);
+      return errc::again;
+    }
+    head.function = function;
+    srcu_head* newest = incoming_.load(std::memory_order_relaxed);
+    do {
+      head.next = newest;
+      // (q1) release pairs with (q2): what the caller did before happens before the callback.
+    } while (!incoming_.compare_exchange_weak(newest, &head, std::memory_order_release, std::memory_order_relaxed));
+    if (newest == nullptr) {  // otherwise whoever queued the first one has said so
+      used_.store(true, std::memory_order_relaxed);
+      resume_callbacks();
+    }
+    return errc::ok;
+  }
+
+  /// There is something to do, or to look at again.
+  void resume_callbacks() noexcept {
+    if (schedule_ != nullptr) {
+      schedule_(context_);
+    } else {
+      this->runtime_->work.post(*static_cast<domain_core<Platform>*>(this));
+    }
+  }
+
+  bool has_incoming() const noexcept { return incoming_.load(std::memory_order_relaxed) != nullptr; }
+
+  // --- The batch that waits for its grace period: for the worker under its mutex, or for who drains. ----------------
+
+  /// Takes what is queued, oldest first, and begins its grace period. Returns: true if that one lacks its fence.
+  bool begin_batch() noexcept {
+    if (batch_ == nullptr) {
+      srcu_head* list = incoming_.exchange(nullptr, std::memory_order_acquire);  // (q2) pairs with (q1)
+      while (list != nullptr) batch_ = std::exchange(list, std::exchange(list->next, batch_));
+      target_ = this->next_grace_period();
+    }
+    unfenced_ = batch_ != nullptr ? this->begin_unfenced(target_) : 0;
+    return unfenced_ != 0;
+  }
+  void batch_fenced() noexcept { this->fenced(unfenced_); }
+
+  progress advance_batch() noexcept {
+    if (batch_ == nullptr || mutated(mutation::early_callbacks)) return progress::over;
+    return this->advance(target_);
+  }
+
+  /// Returns: true if there was no mark: the caller owes a fence and another look.
+  bool await_leavers() noexcept { return this->mark_for_leavers(); }
+
+  srcu_head* take_batch() noexcept { return std::exchange(batch_, nullptr); }
+
+  /// The domain may be gone when it returns.
+  void run(srcu_head& head) noexcept {
+    backlog_.fetch_sub(1, std::memory_order_relaxed);
+    std::exchange(head.function, nullptr)(&head);
+  }
+
+  /// Returns: false if a section holds callbacks back.
+  bool drain_batches(std::size_t& ran) noexcept {
+    while (true) {
+      begin_batch();
+      if (batch_ == nullptr) return true;
+      if (advance_batch() != progress::over) {
+        await_leavers();
+        this->runtime_->fence();
+        progress p = advance_batch();
+        while (p == progress::busy) {
+          Platform::yield();
+          p = advance_batch();
+        }
+        if (p != progress::over) return false;
+      }
+      while (srcu_head* const h = batch_) {
+        batch_ = h->next;
+        run(*h);
+        ++ran;
+      }
+    }
+  }
+
+  void reset_queue_after_fork() noexcept {
+    if (drainer_.load(std::memory_order_relaxed) != Platform::self()) draining_.store(false, std::memory_order_relaxed);
+  }
+
+  alignas(64) std::atomic<srcu_head*> incoming_{nullptr};
+  std::atomic<std::size_t> backlog_{0};
+  std::size_t max_backlog_ = 0;
+  std::atomic<bool> used_{false};  ///< there has been a callback
+  std::atomic<bool> draining_{false};
+  std::atomic<std::uintptr_t> drainer_{0};
+  void (*schedule_)(void*) noexcept = nullptr;
+  void* context_ = nullptr;
+
+  srcu_head* batch_ = nullptr;
+  std::uint64_t target_ = 0;    ///< the grace period that the batch waits for
+  std::uint64_t unfenced_ = 0;  ///< the one that the worker is about to fence
+};
+
+}  // namespace detail
+MMUNOTIFY_END_NAMESPACE
