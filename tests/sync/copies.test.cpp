@@ -218,7 +218,7 @@ int look_around(void* domain, const std::atomic<copy_object*>& where, small_rand
       return faults;
     }
     default: {  // a hand-off section
-      const std::uint32_t t = outer->down_read(domain);
+      const copy_token t = outer->down_read(domain);
       const copy_object* const found = where.load(std::memory_order_acquire);
       const int faults = found->faults();
       inner->up_read(domain, t);
@@ -233,7 +233,7 @@ void wait_somehow(void* domain, small_random& random) {
   copy second = any_copy(random);
   switch (random.below(8)) {
     case 0: {
-      const std::uint64_t cookie = first->start_poll(domain);
+      const copy_token cookie = first->start_poll(domain);
       while (!second->poll(domain, cookie)) std::this_thread::yield();
       return;
     }
@@ -365,8 +365,8 @@ TEST_CASE("S6: a hand-off section that one copy began ends in another thread thr
     for (copy first : copies()) {
       for (copy second : copies()) {
         const world w(maker);
-        const std::uint32_t token = first->down_read(w.domain);
-        const std::uint64_t cookie = second->start_poll(w.domain);
+        const copy_token token = first->down_read(w.domain);
+        const copy_token cookie = second->start_poll(w.domain);
         CHECK_FALSE(first->poll(w.domain, cookie));
         std::thread([&] { second->up_read(w.domain, token); }).join();
         CHECK(first->poll(w.domain, cookie));

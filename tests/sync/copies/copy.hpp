@@ -23,10 +23,9 @@ struct copy_object {
   }
 };
 
-/// A section's token, as numbers.
+/// A section's token, a hand-off's, or a cookie: bytes that the other copies keep.
 struct copy_token {
-  std::uint64_t word;
-  std::uint64_t old;
+  alignas(8) std::byte bytes[16];
 };
 
 /// A deferred callback.
@@ -50,15 +49,15 @@ struct copy_interface {
   void (*read_unlock)(void* domain, copy_token);
   void (*lock)(void* domain);
   void (*unlock)(void* domain);
-  std::uint32_t (*down_read)(void* domain);
-  void (*up_read)(void* domain, std::uint32_t);
+  copy_token (*down_read)(void* domain);
+  void (*up_read)(void* domain, copy_token);
   bool (*held)(void* domain);
   int (*look)(void* domain, const std::atomic<copy_object*>&);  ///< a whole section; the faults of what is found
 
   void (*synchronize)(void* domain);
   void (*synchronize_expedited)(void* domain);
-  std::uint64_t (*start_poll)(void* domain);
-  bool (*poll)(void* domain, std::uint64_t);
+  copy_token (*start_poll)(void* domain);
+  bool (*poll)(void* domain, copy_token);
   bool (*call)(void* domain, copy_job&);  ///< job.function is called by code of this copy
   void (*barrier)(void* domain);
 
