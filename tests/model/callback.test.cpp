@@ -41,8 +41,7 @@ struct callback {
         if (o != nullptr) model::check(o->payload.alive(), "S4: an object that a section reaches is alive");
         return domain_.read_unlock(token);
       }
-      default:
-        static_cast<void>(domain_.drain());
+      default: static_cast<void>(domain_.drain());
     }
   }
 

@@ -32,10 +32,8 @@ struct driver {
         if (domain_.poll(cookie)) object_.destroy();
         return;
       }
-      case 1:
-        return read();
-      default:
-        static_cast<void>(domain_.poll(domain_.start_poll()));
+      case 1: return read();
+      default: static_cast<void>(domain_.poll(domain_.start_poll()));
     }
   }
 

@@ -28,7 +28,7 @@ int rand();
 
 // It cannot run these where it does not see what is copied. All that is copied here consists of words.
 extern "C" [[gnu::used, clang::optnone, gnu::noinline]] inline void* memcpy(void* to, const void* from,
-                                                                           unsigned long size) {
+                                                                            unsigned long size) {
   for (unsigned long i = 0; i < size / 8; ++i)
     static_cast<unsigned long*>(to)[i] = static_cast<const unsigned long*>(from)[i];
   return to;
@@ -122,9 +122,7 @@ inline void sleep_while(const std::atomic<std::uint32_t>& word, std::uint32_t va
 inline void wake_all() { wakes.fetch_add(1, std::memory_order_release); }
 
 /// True if a thread sleeps whom nobody has woken. Precondition: no other thread is left that could.
-inline bool lost() {
-  return slept.load(std::memory_order_acquire) == wakes.load(std::memory_order_relaxed) + 1;
-}
+inline bool lost() { return slept.load(std::memory_order_acquire) == wakes.load(std::memory_order_relaxed) + 1; }
 
 /// Something that a grace period protects: plain memory, so that a race on it is one. The reads and the destruction are
 /// functions of their own, or the compiler could move them.

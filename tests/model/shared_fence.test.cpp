@@ -31,8 +31,7 @@ struct shared_fence {
         if (o != nullptr) model::check(o->alive(), "S1: an object that a section reaches is alive");
         return domain_.read_unlock(token);
       }
-      default:
-        other_.synchronize();
+      default: other_.synchronize();
     }
   }
 

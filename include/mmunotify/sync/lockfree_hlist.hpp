@@ -126,8 +126,9 @@ class lockfree_hlist {
   }
 
   /// Effects: the whole removal: mark, sweep, grace period, retire. Errors: not_registered (or another thread removes
-  /// it); would_deadlock inside a section of the domain (L7), nothing done. Progress: blocking.
+  /// it); no_slot; would_deadlock inside a section of the domain (L7), nothing done. Progress: blocking.
   errc remove(Node& node) noexcept {
+    if (const errc e = domain_.status(); e != errc::ok) return e;
     if (domain_.held_by_this_thread()) return errc::would_deadlock;
     if (!mark(node)) return errc::not_registered;
     unlink();
@@ -137,11 +138,15 @@ class lockfree_hlist {
   }
 
   /// Effects: the same, without waiting: done(node) is called as a callback of the domain when the node is free again;
-  /// it may insert it anew, or destroy it and `r`. Null: nobody is told. Preconditions: `r` is not in use; node and `r`
-  /// stay until then. Errors: not_registered (or another thread removes it); no_slot. Progress: lock-free.
-  /// Context: anywhere, also inside sections, walks and callbacks (L7).
+  /// it may insert it anew, or destroy it and `r`. Null: nobody is told. Preconditions: `r` is not in use (L6,
+  /// checked); node and `r` stay until then. Errors: not_registered (or another thread removes it); no_slot. Progress:
+  /// lock-free. Context: anywhere, also inside sections, walks and callbacks (L7).
   errc remove_async(Node& node, hlist_removal<Node>& r, void (*done)(Node&) noexcept = nullptr) noexcept {
     if (const errc e = domain_.status(); e != errc::ok) return e;
+    if (r.function != nullptr) [[unlikely]] {
+      detail::violated("L6", "lockfree_hlist::remove_async", "the removal object is in use");
+      return errc::already_registered;
+    }
     if (!mark(node)) return errc::not_registered;
     unlink();
     r.node = &node;
