@@ -156,12 +156,25 @@ TEST_CASE("a copy that made no domain may be unloaded while threads live that us
       });
       wait_for(used);
       plugin->synchronize(domain);
-      owner->barrier(domain);  // the callback is the plugin's code
+      plugin->barrier(domain);  // the callback is code of the plugin
     }
     CHECK(::dlopen(MMUNOTIFY_COPY_C, RTLD_NOW | RTLD_NOLOAD) == nullptr);
     unloaded.store(true, std::memory_order_release);
     owner->synchronize(domain);
     thread.join();
+  }
+  owner->destroy(domain);
+}
+
+TEST_CASE("L8: a copy may be unloaded as soon as a barrier through it has returned") {
+  copy owner = copies()[0];
+  void* const domain = owner->make();
+  for (int i = 0; i < 300; ++i) {
+    copy_job job;
+    job.function = [](copy_job*) noexcept {};
+    const shared_object plugin(MMUNOTIFY_COPY_C);
+    CHECK(plugin->call(domain, job));  // code of the plugin, which goes away now
+    plugin->barrier(domain);
   }
   owner->destroy(domain);
 }
