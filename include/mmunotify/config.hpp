@@ -8,6 +8,9 @@
 //                       The cheap checks are always on. The value is part of the inline namespace, so that
 //                       objects built with different values do not link into one inconsistent program.
 
+//   MMUNOTIFY_LIVE_KEYS 0: static keys are loads, no code is changed at run time (default: 1 on x86-64 Linux, and 0
+//                       elsewhere and under ThreadSanitizer, which does not see an order that is made by code).
+
 //   MMUNOTIFY_MUTATION  a broken variant, by number, for the negative controls in tests/: a test that cannot notice it
 //                       proves nothing. 0, the default, is the product.
 
@@ -82,6 +85,14 @@
 #define MMUNOTIFY_TSAN 0
 #endif
 
+#ifndef MMUNOTIFY_LIVE_KEYS
+#if defined(__x86_64__) && defined(__linux__) && !MMUNOTIFY_TSAN
+#define MMUNOTIFY_LIVE_KEYS 1
+#else
+#define MMUNOTIFY_LIVE_KEYS 0
+#endif
+#endif
+
 MMUNOTIFY_BEGIN_NAMESPACE
 
 /// A programmer's mistake, as the handler gets it. The strings live as long as the call.
@@ -104,6 +115,7 @@ enum class mutation : int {
   unlink_before_release = 2,  ///< unregister unlinks the node first and runs its release hook afterwards
   no_grace_period = 3,        ///< srcu_domain::synchronize returns at once
   start_after_change = 4,     ///< reference_mmu changes its tables first and brackets afterwards
+  torn_key = 25,              ///< a static key is on before every processor runs the changed code
 };
 
 /// True in the build that has this one protection removed.

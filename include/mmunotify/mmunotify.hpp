@@ -14,12 +14,14 @@
 
 #include <mmunotify/sync/lockfree_hlist.hpp>
 #include <mmunotify/sync/srcu_domain.hpp>
+#include <mmunotify/sync/static_key.hpp>
 
 #include <mmunotify/observe/observe.hpp>
 
 #include <mmunotify/notifier/address_space.hpp>
 #include <mmunotify/notifier/disabled.hpp>
 #include <mmunotify/notifier/invalidation_window.hpp>
+#include <mmunotify/notifier/keyed.hpp>
 #include <mmunotify/notifier/subscription.hpp>
 
 #include <mmunotify/primary/reference_mmu.hpp>
