@@ -93,12 +93,17 @@ bool young_disabled(none& space, std::uintptr_t a) { return space.clear_flush_yo
 bool young_keyed(keyed& space, std::uintptr_t a) { return space.test_young({a, a + 4096}); }
 bool young_under(under& space, std::uintptr_t a) { return space.test_young({a, a + 4096}); }
 
+// For the subject that is loaded: whether its code is patched, and a space that arms the process.
+bool patched() { return mmunotify::key_patching().live; }
+bool arm() { return mmunotify::arming::any_armed::enable() == mmunotify::errc::ok; }
+void disarm() { mmunotify::arming::any_armed::disable(); }
+
 // What must not pass: a hook with a locked instruction, and one with a call.
 void store_locked(std::uintptr_t* entry, std::uintptr_t* count) {
   __atomic_fetch_add(count, 1, __ATOMIC_SEQ_CST);
   *entry = 0;
 }
-void somewhere();
+[[gnu::weak]] void somewhere();
 void store_calling(std::uintptr_t* entry) {
   somewhere();
   *entry = 0;

@@ -12,10 +12,7 @@ const bool seen_by_initialiser = shared_key::test();
 
 extern "C" [[gnu::visibility("default")]] const static_key_plugin plugin;
 const static_key_plugin plugin = {
-    [] { return shared_key_inline(); },
-    [] { return shared_key::maybe(); },
-    [] { return seen_by_initialiser; },
-    [] { return shared_key::enable() == mmunotify::errc::ok; },
-    [] { shared_key::disable(); },
-    [] { return mmunotify::key_patching(); },
+    [] { return shared_key_inline(); }, [] { return shared_key::maybe(); },
+    [] { return seen_by_initialiser; }, [] { return shared_key::enable() == mmunotify::errc::ok; },
+    [] { shared_key::disable(); },      [] { return mmunotify::key_patching(); },
 };
