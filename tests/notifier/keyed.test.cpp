@@ -41,7 +41,7 @@ census count_sites() {
 
 bool live() {
   const key_patching_state state = key_patching();
-  if (!state.live) MESSAGE(std::string("tests are loads: ") << state.sentence);
+  if (!state.live) MESSAGE("tests are loads: " << std::string(state.sentence));
   return state.live;
 }
 

@@ -50,7 +50,7 @@ bool all_are(const std::vector<const std::uint8_t*>& sites, std::uint8_t byte) {
 
 bool live() {
   const key_patching_state state = key_patching();
-  if (!state.live) MESSAGE(std::string("tests are loads: ") << state.sentence);
+  if (!state.live) MESSAGE("tests are loads: " << std::string(state.sentence));
   return state.live;
 }
 

@@ -36,7 +36,7 @@ class code_page {
 /// False, and a word about it, where this system refuses.
 bool granted() {
   const char* const refusal = linux_text::prepare();
-  if (refusal != nullptr) MESSAGE(refusal);
+  if (refusal != nullptr) MESSAGE(std::string(refusal));
   return refusal == nullptr;
 }
 
