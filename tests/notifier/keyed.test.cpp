@@ -107,6 +107,27 @@ TEST_CASE("D4: a refused registration leaves the key as it was") {
   CHECK_FALSE(arming::any_armed::enabled());
 }
 
+TEST_CASE("D4: whoever wins, a registration or the release of the space, the key is off when the space is disarmed") {
+  for (int round = 0; round < 2000; ++round) {
+    keyed_primary primary;
+    counting_client client;
+    subscriber<counting_client> node{client};
+    std::atomic<bool> go{false};
+    std::thread releasing([&] {
+      go.store(true, std::memory_order_release);
+      CHECK(primary.space.release() == errc::ok);
+    });
+    wait_for(go);
+    for (int i = 0; i < round % 32; ++i) linux_platform::relax();
+    const errc e = primary.join(node);
+    releasing.join();
+    CHECK((e == errc::ok || e == errc::released));
+    CHECK(client.releases.load() == (e == errc::ok ? 1 : 0));
+    if (e == errc::ok) CHECK(primary.space.unregister(node) == errc::ok);
+    CHECK_FALSE(arming::any_armed::enabled());
+  }
+}
+
 TEST_CASE("D4: registering is refused where the system no longer lets code be changed, and leaves no trace") {
   if (!live()) return;
   const int status = in_child([] {

@@ -428,7 +428,7 @@ struct logged_text {
 /// A module made of bytes: the site of a probe, two of one key, one of another.
 struct byte_module {
   std::array<std::uint8_t, 4> code{0xe9, 0xe9, 0xe9, 0xe9};
-  detail::key_copy probe{"probe"};
+  detail::key_copy probe{"probe", {1}};
   detail::key_copy key{"key"};
   detail::key_copy other{"other"};
   std::array<detail::key_entry, 4> entries{};

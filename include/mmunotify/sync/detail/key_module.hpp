@@ -42,8 +42,8 @@ using process_keys = key_registry<linux_text>;
 /// Changes when the layout of key_module, key_copy or key_registry does: modules of one process must agree on it.
 inline constexpr std::uint32_t key_layout = 1;
 
-/// The key whose one site is the module's own, to try patching on.
-[[gnu::visibility("hidden")]] inline constinit key_copy probe_copy{"mmunotify.probe"};
+/// The key whose one site is the module's own, to try patching on. It counts as on, so that nobody else touches it.
+[[gnu::visibility("hidden")]] inline constinit key_copy probe_copy{"mmunotify.probe", {1}};
 
 /// One site of probe_copy. Its entry also makes sure that the module has a table.
 [[gnu::noinline, gnu::visibility("hidden")]] inline bool run_probe() { return site_jumps<&probe_copy>(); }
