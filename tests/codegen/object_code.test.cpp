@@ -88,7 +88,7 @@ const program& object() {
 class live_subject {
  public:
   live_subject() : handle_(::dlopen(MMUNOTIFY_LIVE_SUBJECT, RTLD_NOW | RTLD_LOCAL)) {
-    REQUIRE_MESSAGE(handle_ != nullptr, ::dlerror());
+    REQUIRE_MESSAGE(handle_ != nullptr, MMUNOTIFY_LIVE_SUBJECT);
   }
   ~live_subject() { ::dlclose(handle_); }
   live_subject(const live_subject&) = delete;

@@ -204,6 +204,7 @@ TEST_CASE("P7: a bracket that starts after a registration calls the client, whil
     });
   }
   std::vector<std::thread> drivers;
+  drivers.reserve(spaces);
   for (place& p : places) {
     drivers.emplace_back([&p] {
       for (int i = 0; i < rounds; ++i) {

@@ -243,7 +243,7 @@ namespace {
 class loaded {
  public:
   explicit loaded(const char* path) : path_(path), handle_(::dlopen(path, RTLD_NOW | RTLD_LOCAL)) {
-    REQUIRE_MESSAGE(handle_ != nullptr, ::dlerror());
+    REQUIRE_MESSAGE(handle_ != nullptr, path);
   }
   ~loaded() {
     ::dlclose(handle_);

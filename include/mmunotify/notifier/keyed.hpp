@@ -14,7 +14,7 @@
 //
 // Which one. A process that arms now and then, or never, and has its primary's hot path in many places: keyed. One that
 // is mostly armed: under. Registering the first subscriber of the process rewrites every bracket in its code, and the
-// last one's leaving does it again: 10 us and 0.4 us for each place, independent of areas, brackets in flight and
+// last one's leaving does it again: 6 to 16 us and 1 us for each place, independent of areas, brackets in flight and
 // threads (L10). Other registrations cost 30 ns more than with `under`. Where the system does not let code be changed
 // this policy is `under` with a jump (key_patching() tells), see sync/static_key.hpp. A system that withdraws the right
 // while the process runs makes the registration fail: errc::refused_by_system, and nothing has happened.

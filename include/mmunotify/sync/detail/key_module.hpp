@@ -118,7 +118,7 @@ inline void* make_registry() noexcept {
       ".long %c1 - .\n\t"
       ".popsection"
       :
-      : "i"(key_layout), "i"(&this_module));
+      : "i"(key_layout), MMUNOTIFY_SYMBOL(&this_module));
   static_assert(sizeof key_note_name == 10 && sizeof(key_note) == 4);
 
   // (k3) acquire pairs with (k4): the registry is made.

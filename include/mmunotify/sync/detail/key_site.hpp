@@ -60,6 +60,13 @@ struct key_entry {
 inline constexpr std::uint8_t site_jump = 0xe9;
 inline constexpr std::uint8_t site_nop = 0xa9;
 
+/// The constraint of a symbol's address as a constant, also in position-independent code.
+#if defined(__x86_64__)
+#define MMUNOTIFY_SYMBOL "i"
+#else
+#define MMUNOTIFY_SYMBOL "S"
+#endif
+
 #define MMUNOTIFY_KEY_ENTRY(code)                                         \
   ".pushsection mmunotify_sites,\"ao?\",@progbits,.Lmmunotify_site%=\n\t" \
   ".balign 4\n\t"                                                         \
@@ -80,7 +87,7 @@ template <key_copy* Copy>
       ".byte 0xe9\n\t"
       ".long %l[look] - (.Lmmunotify_site%= + 5)\n\t" MMUNOTIFY_KEY_ENTRY(".Lmmunotify_site%= - .")
       :
-      : "i"(Copy)
+      : MMUNOTIFY_SYMBOL(Copy)
       : "cc"
       : look);
 #if defined(__clang__)
@@ -92,7 +99,7 @@ look:
   [[unlikely]];
   return true;
 #else
-  asm volatile(".Lmmunotify_site%=:\n\t" MMUNOTIFY_KEY_ENTRY("0") : : "i"(Copy));
+  asm volatile(".Lmmunotify_site%=:\n\t" MMUNOTIFY_KEY_ENTRY("0") : : MMUNOTIFY_SYMBOL(Copy));
   return true;
 #endif
 }
