@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "support/contract_recorder.hpp"
+#include "support/domains.hpp"
 #include "support/threads.hpp"
 
 using namespace mmunotify;
@@ -23,9 +24,9 @@ struct element : hlist_node {
   std::atomic<bool> usable{false};
 };
 
-template <class List>
-std::vector<int> names(srcu_domain& domain, const List& list) {
-  const read_section s(domain);
+template <class Domain, class List>
+std::vector<int> names(Domain& domain, const List& list) {
+  const basic_read_section s(domain);
   std::vector<int> found;
   for (element& e : list) found.push_back(e.name);
   return found;
@@ -33,9 +34,10 @@ std::vector<int> names(srcu_domain& domain, const List& list) {
 
 }  // namespace
 
-TEST_CASE("O2: a walk meets every element, newest first, and may stop anywhere") {
-  srcu_domain domain;
-  lockfree_hlist<element> list(domain);
+TEST_CASE_TEMPLATE("O2: a walk meets every element, newest first, and may stop anywhere", Domain,
+                   MMUNOTIFY_ALL_DOMAINS) {
+  Domain domain;
+  lockfree_hlist<element, Domain> list(domain);
   CHECK(list.empty());
   std::array<element, 4> e;
   for (int i = 0; i < 4; ++i) {
@@ -45,7 +47,7 @@ TEST_CASE("O2: a walk meets every element, newest first, and may stop anywhere")
   CHECK(names(domain, list) == std::vector<int>{3, 2, 1, 0});
   int visited = 0;
   {
-    const read_section s(domain);
+    const basic_read_section s(domain);
     for (element& x : list) {
       ++visited;
       if (x.name == 2) break;
@@ -57,10 +59,11 @@ TEST_CASE("O2: a walk meets every element, newest first, and may stop anywhere")
   CHECK(list.empty());
 }
 
-TEST_CASE("L9: a node is on one list at a time, and comes back after its removal") {
-  srcu_domain domain;
-  lockfree_hlist<element> list(domain);
-  lockfree_hlist<element> other(domain);
+TEST_CASE_TEMPLATE("L9: a node is on one list at a time, and comes back after its removal", Domain,
+                   MMUNOTIFY_ALL_DOMAINS) {
+  Domain domain;
+  lockfree_hlist<element, Domain> list(domain);
+  lockfree_hlist<element, Domain> other(domain);
   element e;
   CHECK_FALSE(e.linked());
   for (int i = 0; i < 3; ++i) {
@@ -76,22 +79,22 @@ TEST_CASE("L9: a node is on one list at a time, and comes back after its removal
   }
 }
 
-TEST_CASE("L7: removal inside a section is refused and changes nothing") {
-  srcu_domain domain;
-  lockfree_hlist<element> list(domain);
+TEST_CASE_TEMPLATE("L7: removal inside a section is refused and changes nothing", Domain, MMUNOTIFY_ALL_DOMAINS) {
+  Domain domain;
+  lockfree_hlist<element, Domain> list(domain);
   element e;
   REQUIRE(list.push_front(e) == errc::ok);
   {
-    const read_section s(domain);
+    const basic_read_section s(domain);
     CHECK(list.remove(e) == errc::would_deadlock);
   }
   CHECK(names(domain, list).size() == 1);
   CHECK(list.remove(e) == errc::ok);
 }
 
-TEST_CASE("a walker that stands on a removed node walks on") {
-  srcu_domain domain;
-  lockfree_hlist<element> list(domain);
+TEST_CASE_TEMPLATE("a walker that stands on a removed node walks on", Domain, MMUNOTIFY_ALL_DOMAINS) {
+  Domain domain;
+  lockfree_hlist<element, Domain> list(domain);
   std::array<element, 3> e;
   for (int i = 0; i < 3; ++i) {
     e[static_cast<std::size_t>(i)].name = i;
@@ -99,7 +102,7 @@ TEST_CASE("a walker that stands on a removed node walks on") {
   }
   std::vector<int> seen;
   {
-    const read_section s(domain);
+    const basic_read_section s(domain);
     for (element& x : list) {
       seen.push_back(x.name);
       if (x.name == 1) {  // remove the node under the walker and the one before it
@@ -118,16 +121,17 @@ TEST_CASE("a walker that stands on a removed node walks on") {
   CHECK(list.remove(e[0]) == errc::ok);
 }
 
-TEST_CASE("L1: a removal returns only when nobody stands on the node any more") {
-  srcu_domain domain;
-  lockfree_hlist<element> list(domain);
+TEST_CASE_TEMPLATE("L1: a removal returns only when nobody stands on the node any more", Domain,
+                   MMUNOTIFY_ALL_DOMAINS) {
+  Domain domain;
+  lockfree_hlist<element, Domain> list(domain);
   element e;
   REQUIRE(list.push_front(e) == errc::ok);
   std::atomic<bool> standing{false};
   std::atomic<bool> removing{false};
   std::atomic<bool> left{false};
   std::thread walker([&] {
-    const read_section s(domain);
+    const basic_read_section s(domain);
     for (element& x : list) {
       CHECK(&x == &e);
       standing.store(true, std::memory_order_release);
@@ -157,12 +161,13 @@ TEST_CASE("L1: a node or list that is destroyed while linked is reported") {
   CHECK(recorder.rules() == std::vector<std::string>{"L1", "L1"});
 }
 
-TEST_CASE("S2: many writers, re-insertion and walkers: nothing lost, nothing seen after its grace period") {
+TEST_CASE_TEMPLATE("S2: many writers, re-insertion and walkers: nothing lost, nothing seen after its grace period",
+                   Domain, MMUNOTIFY_ALL_DOMAINS) {
   constexpr std::size_t writers = 3;
   constexpr std::size_t per_writer = 4;
   constexpr int rounds = 300;
-  srcu_domain domain;
-  lockfree_hlist<element> list(domain);
+  Domain domain;
+  lockfree_hlist<element, Domain> list(domain);
   element resident;  // is on the list all the time
   resident.name = -1;
   resident.usable.store(true);
@@ -192,7 +197,7 @@ TEST_CASE("S2: many writers, re-insertion and walkers: nothing lost, nothing see
   }
   std::thread walker([&] {
     while (!stop.load(std::memory_order_relaxed)) {
-      const read_section s(domain);
+      const basic_read_section s(domain);
       bool met = false;
       for (element& e : list) {
         if (!e.usable.load(std::memory_order_relaxed)) unusable.fetch_add(1);
@@ -208,4 +213,88 @@ TEST_CASE("S2: many writers, re-insertion and walkers: nothing lost, nothing see
   CHECK(resident_missed.load() == 0);
   CHECK(names(domain, list) == std::vector<int>{-1});
   CHECK(list.remove(resident) == errc::ok);
+}
+
+namespace {
+
+struct removable : hlist_node {
+  hlist_removal<removable> removal;
+  std::atomic<int> removed{0};
+  std::atomic<bool> usable{true};
+};
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("L7: an asynchronous removal is legal in a walk, and tells when the node is free", Domain,
+                   MMUNOTIFY_ALL_DOMAINS) {
+  Domain domain;
+  lockfree_hlist<removable, Domain> list(domain);
+  std::array<removable, 3> e;
+  for (auto& x : e) REQUIRE(list.push_front(x) == errc::ok);
+  {
+    const basic_read_section s(domain);
+    int met = 0;
+    for (removable& x : list) {
+      ++met;
+      CHECK(list.remove_async(x, x.removal, [](removable& y) noexcept { y.removed.fetch_add(1); }) == errc::ok);
+      CHECK(list.remove_async(x, x.removal) == errc::not_registered);
+      CHECK(list.remove(x) == errc::would_deadlock);
+      CHECK(x.linked());
+    }
+    CHECK(met == 3);
+    CHECK(list.empty());
+    for (auto& x : e) CHECK(x.removed == 0);
+  }
+  CHECK(list.remove(e[0]) == errc::not_registered);
+  domain.barrier();
+  for (auto& x : e) {
+    CHECK(x.removed == 1);
+    CHECK_FALSE(x.linked());
+    CHECK(list.push_front(x) == errc::ok);
+    CHECK(list.remove_async(x, x.removal) == errc::ok);
+  }
+  domain.barrier();
+  CHECK(list.empty());
+}
+
+TEST_CASE_TEMPLATE("L9: a node that is inserted again by its own removal's callback, under walkers", Domain,
+                   MMUNOTIFY_ALL_DOMAINS) {
+  static std::atomic<int> left;
+  static std::atomic<int> failures;
+  static lockfree_hlist<removable, Domain>* shared = nullptr;
+  constexpr int rounds = 500;
+  left = 3 * rounds;
+  failures = 0;
+  Domain domain;
+  lockfree_hlist<removable, Domain> list(domain);
+  shared = &list;
+  std::array<removable, 3> e;
+  struct again {
+    static void removed(removable& x) noexcept {
+      x.usable.store(false, std::memory_order_relaxed);
+      if (left.fetch_sub(1) <= 0) return;
+      x.usable.store(true, std::memory_order_relaxed);
+      if (shared->push_front(x) != errc::ok) failures.fetch_add(1);
+    }
+  };
+  for (auto& x : e) REQUIRE(list.push_front(x) == errc::ok);
+  std::vector<std::thread> walkers;
+  for (int t = 0; t < 2; ++t) {
+    walkers.emplace_back([&] {
+      while (left.load(std::memory_order_relaxed) > 0) {
+        const basic_read_section s(domain);
+        for (removable& x : list) {
+          if (!x.usable.load(std::memory_order_relaxed)) failures.fetch_add(1);
+          static_cast<void>(list.remove_async(x, x.removal, &again::removed));
+        }
+      }
+    });
+  }
+  for (auto& w : walkers) w.join();
+  for (auto& x : e) static_cast<void>(list.remove_async(x, x.removal));
+  domain.barrier();
+  for (auto& x : e) static_cast<void>(list.remove_async(x, x.removal));  // one that came back in between
+  domain.barrier();
+  CHECK(failures.load() == 0);
+  CHECK(list.empty());
 }

@@ -13,9 +13,10 @@
 // registered by the user; they exit, and processes fork, as they like).
 //
 // The protocol. Each thread has a word per domain (detail/slab.hpp), S is the domain's sequence.
-//   section:       old = w; if 0, w = S; light fence; ... protected loads ...; w = old
+//   section:       w = S; light fence; ... protected loads ...; w = 0
 //   grace period:  S += 1; one heavy fence; for every thread: wait while w != 0 and w < S
-// A nested section finds w != 0 and stores it back; so does a signal handler, which restores what it interrupted.
+// A nested section finds w != 0 and leaves it alone; so does a signal handler, which restores what it interrupted. What
+// is stored is never what was loaded, so sections one after the other are no chain through memory.
 //
 // Orderings. (d1..d8 are the non-relaxed ones; each names its partner.)
 //   Dekker: a section's store to w, then its protected loads (light fence between); an updater's unlink, then its scan
@@ -78,14 +79,13 @@ class basic_srcu_domain : public detail::domain_core<Platform> {
     }
   }
 
-  /// What read_lock hands to read_unlock.
+  /// What read_lock hands to read_unlock: the thread's word, null if the section is nested in another.
   class section_token {
     friend basic_srcu_domain;
-    word* word_ = nullptr;
-    std::uint64_t old_ = 0;
+    word* outermost_ = nullptr;
 
    public:
-    bool nested() const noexcept { return old_ != 0; }
+    bool nested() const noexcept { return outermost_ == nullptr; }
   };
 
   /// Effects: begins a read section of the calling thread. Errors: if the thread cannot get a slab (memory exhausted in
@@ -103,9 +103,11 @@ class basic_srcu_domain : public detail::domain_core<Platform> {
 
   /// Effects: ends the section. Precondition: same thread as read_lock; sections end in reverse order of their begin.
   [[gnu::always_inline]] void read_unlock(section_token t) noexcept {
-    t.word_->store(t.old_,
-                   detail::order(std::memory_order_release, detail::mutation::unlock_relaxed));  // (d4) and (d3)
-    this->after_leaving();
+    if (!t.nested()) [[likely]] {
+      // (d4) pairs with (d3)
+      t.outermost_->store(0, detail::order(std::memory_order_release, detail::mutation::unlock_relaxed));
+      this->after_leaving();
+    }
   }
 
   /// The same for sections of one thread that may end in any order, as brackets do: the section lasts until the last of
@@ -144,12 +146,11 @@ class basic_srcu_domain : public detail::domain_core<Platform> {
  private:
   [[gnu::always_inline]] section_token enter(word& w) noexcept {
     section_token t;
-    t.word_ = &w;
-    t.old_ = w.load(std::memory_order_relaxed);
-    if (t.old_ == 0) [[likely]] {
+    if (w.load(std::memory_order_relaxed) == 0) [[likely]] {
       // (d2) acquire pairs with (d1); (d5) release pairs with (d3).
       w.store(this->sequence_.load(detail::order(std::memory_order_acquire, detail::mutation::sequence_relaxed)),
               detail::order(std::memory_order_release, detail::mutation::lock_relaxed));
+      t.outermost_ = &w;
     }
     return t;
   }
@@ -175,7 +176,7 @@ class basic_srcu_domain : public detail::domain_core<Platform> {
       return;
     }
     section_token t;
-    t.word_ = &s.word;
+    t.outermost_ = &s.word;
     read_unlock(t);
   }
 

@@ -89,10 +89,10 @@ class static_srcu_domain {
   /// What read_lock hands to read_unlock.
   class section_token {
     friend static_srcu_domain;
-    std::uint64_t old_ = 0;
+    enum class kind : std::uint8_t { nested, outermost, cold } kind_ = kind::nested;
 
    public:
-    bool nested() const noexcept { return old_ != 0 && old_ != detail::static_slot::unattached; }
+    bool nested() const noexcept { return kind_ == kind::nested; }
   };
 
   // All as in srcu_domain.
@@ -102,18 +102,22 @@ class static_srcu_domain {
   [[nodiscard, gnu::always_inline]] static section_token read_lock() noexcept {
     section_token t;
     word& w = own().word;
-    t.old_ = w.load(std::memory_order_relaxed);
-    if (t.old_ == 0) [[likely]] {
+    const std::uint64_t seen = w.load(std::memory_order_relaxed);
+    if (seen == 0) [[likely]] {
       enter(w);
-    } else if (t.old_ == detail::static_slot::unattached) [[unlikely]] {
+      t.kind_ = section_token::kind::outermost;
+    } else if (seen == detail::static_slot::unattached) [[unlikely]] {
       return read_lock_cold();
     }
     if constexpr (!detail::mutated(detail::mutation::no_light_after_lock)) Platform::light();
     return t;
   }
   [[gnu::always_inline]] static void read_unlock(section_token t) noexcept {
-    own().word.store(t.old_, detail::order(std::memory_order_release, detail::mutation::unlock_relaxed));  // (d4) (d3)
-    domain_.after_leaving();
+    if (t.kind_ == section_token::kind::outermost) [[likely]] {
+      leave(0);
+    } else if (!t.nested()) {
+      leave(detail::static_slot::unattached);
+    }
   }
 
   /// Sections that may end in any order; C++26's names.
@@ -131,9 +135,7 @@ class static_srcu_domain {
       --own().count;
       return;
     }
-    section_token t;
-    t.old_ = domain_.asymmetric() ? 0 : detail::static_slot::unattached;
-    read_unlock(t);
+    leave(domain_.asymmetric() ? 0 : detail::static_slot::unattached);
   }
 
   static bool held_by_this_thread() noexcept { return detail::static_slot::is_inside(own().word); }
@@ -165,6 +167,12 @@ class static_srcu_domain {
             detail::order(std::memory_order_release, detail::mutation::lock_relaxed));
   }
 
+  [[gnu::always_inline]] static void leave(std::uint64_t outside) noexcept {
+    // (d4) pairs with (d3)
+    own().word.store(outside, detail::order(std::memory_order_release, detail::mutation::unlock_relaxed));
+    domain_.after_leaving();
+  }
+
   MMUNOTIFY_COLD static section_token read_lock_cold() noexcept {
     if (!domain_.attach(own()) && domain_.status() == errc::ok) {
       detail::violated("S8", "static_srcu_domain", "out of memory for a thread's first read section");
@@ -172,7 +180,7 @@ class static_srcu_domain {
     }
     word& w = own().word;
     section_token t;
-    t.old_ = w.load(std::memory_order_relaxed);
+    t.kind_ = w.load(std::memory_order_relaxed) == 0 ? section_token::kind::outermost : section_token::kind::cold;
     enter(w);
     domain_.reader_fence();
     return t;

@@ -8,6 +8,12 @@
 // The first push on an empty stack tells whoever runs the callbacks (the worker, or the user's executor), so none is
 // forgotten: the stack is emptied by one exchange. One thread at a time has to do with the batch: the worker, under its
 // mutex, or whoever drains.
+//
+// Callbacks are counted before they are pushed, and again when they have run, in the same order. So a barrier reads the
+// first count and waits for the second to reach it: whatever was pushed before has a place in the order that is not
+// above the count. It puts nothing of its own into the queue, least of all something on a stack that a forked child
+// does not have any more. The second count is the last that a runner touches of a domain, in one step with the look
+// whether somebody waits: who sees it may destroy the domain.
 
 #include <atomic>
 #include <cstddef>
@@ -59,10 +65,7 @@ class callback_queue : public grace_period_driver<Platform> {
       violated("L6", "srcu_domain::call", function == nullptr ? "the callback is null" : "the head is already queued");
       return errc::already_registered;
     }
-    if (backlog_.fetch_add(1, std::memory_order_relaxed) >= bound && bound != 0) [[unlikely]] {
-      backlog_.fetch_sub(1, std::memory_order_relaxed);
-      return errc::again;
-    }
+    if (!count_one(bound)) return errc::again;
     head.function = function;
     srcu_head* newest = incoming_.load(std::memory_order_relaxed);
     do {
@@ -74,6 +77,28 @@ class callback_queue : public grace_period_driver<Platform> {
       resume_callbacks();
     }
     return errc::ok;
+  }
+
+  bool count_one(std::size_t bound) noexcept {
+    std::uint32_t counted = queued_.load(std::memory_order_relaxed);
+    while (bound == 0 || (counted - ran()) / one < bound) {
+      if (queued_.compare_exchange_weak(counted, counted + one, std::memory_order_relaxed)) return true;
+    }
+    return false;
+  }
+  // (q5) acquire pairs with (q4): what the callbacks did.
+  std::uint32_t ran() const noexcept { return ran_.load(std::memory_order_acquire) & ~somebody_waits; }
+
+  /// Returns: true if all that the first count says have run. The counts wrap.
+  bool has_run(std::uint32_t counted) const noexcept {
+    return static_cast<std::int32_t>(ran() - counted) >= 0;
+  }
+  void wait_until_run(std::uint32_t counted) noexcept {
+    while (true) {
+      const std::uint32_t seen = ran_.fetch_or(somebody_waits, std::memory_order_relaxed) | somebody_waits;
+      if (has_run(counted)) return;
+      Platform::wait(ran_, seen);
+    }
   }
 
   /// There is something to do, or to look at again.
@@ -91,11 +116,7 @@ class callback_queue : public grace_period_driver<Platform> {
 
   /// Takes what is queued, oldest first, and begins its grace period. Returns: true if that one lacks its fence.
   bool begin_batch() noexcept {
-    if (batch_ == nullptr) {
-      srcu_head* list = incoming_.exchange(nullptr, std::memory_order_acquire);  // (q2) pairs with (q1)
-      while (list != nullptr) batch_ = std::exchange(list, std::exchange(list->next, batch_));
-      target_ = this->next_grace_period();
-    }
+    if (batch_ == nullptr) take_incoming();
     unfenced_ = batch_ != nullptr ? this->begin_unfenced(target_) : 0;
     return unfenced_ != 0;
   }
@@ -113,8 +134,13 @@ class callback_queue : public grace_period_driver<Platform> {
 
   /// The domain may be gone when it returns.
   void run(srcu_head& head) noexcept {
-    backlog_.fetch_sub(1, std::memory_order_relaxed);
     std::exchange(head.function, nullptr)(&head);
+    std::uint32_t before = ran_.load(std::memory_order_relaxed);
+    // (q4) release pairs with (q5).
+    while (!ran_.compare_exchange_weak(before, (before & ~somebody_waits) + one, std::memory_order_release,
+                                       std::memory_order_relaxed)) {
+    }
+    if ((before & somebody_waits) != 0) Platform::wake(ran_);  // by address only
   }
 
   /// Returns: false if a section holds callbacks back.
@@ -140,12 +166,36 @@ class callback_queue : public grace_period_driver<Platform> {
     }
   }
 
-  void reset_queue_after_fork() noexcept {
+  /// Takes what is queued, oldest first, behind the batch.
+  void take_incoming() noexcept {
+    srcu_head* list = incoming_.exchange(nullptr, std::memory_order_acquire);  // (q2) pairs with (q1)
+    srcu_head* oldest_first = nullptr;
+    while (list != nullptr) oldest_first = std::exchange(list, std::exchange(list->next, oldest_first));
+    srcu_head** end = &batch_;
+    while (*end != nullptr) end = &(*end)->next;
+    *end = oldest_first;
+    target_ = this->next_grace_period();
+  }
+
+  /// In a forked child. What other threads were about to push or to run is lost; `taken`: what the worker has taken.
+  /// Everything else is one batch now, so that the next call() finds nobody before it and sees to it that it is run.
+  void reset_queue_after_fork(const srcu_head* taken, bool inside_callback) noexcept {
+    take_incoming();
+    std::uint32_t left = inside_callback ? one : 0;
+    for (const srcu_head* h = batch_; h != nullptr; h = h->next) left += one;
+    for (const srcu_head* h = taken; h != nullptr; h = h->next) left += one;
+    ran_.store(0, std::memory_order_relaxed);
+    queued_.store(left, std::memory_order_relaxed);
     if (drainer_.load(std::memory_order_relaxed) != Platform::self()) draining_.store(false, std::memory_order_relaxed);
   }
 
+  // The counts go in steps of two: bit 0 of the second says that somebody waits.
+  static constexpr std::uint32_t one = 2;
+  static constexpr std::uint32_t somebody_waits = 1;
+
   alignas(64) std::atomic<srcu_head*> incoming_{nullptr};
-  std::atomic<std::size_t> backlog_{0};
+  std::atomic<std::uint32_t> queued_{0};  ///< the first count
+  std::atomic<std::uint32_t> ran_{0};     ///< the second, and whether somebody waits
   std::size_t max_backlog_ = 0;
   std::atomic<bool> used_{false};  ///< there has been a callback
   std::atomic<bool> draining_{false};

@@ -140,18 +140,22 @@ class domain_core : public callback_queue<Platform> {
 
   /// Effects: runs function(&head) once, after a grace period, in the worker or in drain(); callbacks of one domain run
   /// in the order in which they were queued. Preconditions: the head is not queued (L6, checked); it stays until then,
-  /// and may be gone when the function returns. Returns: ok; again if max_backlog are queued, no_slot: nothing has
-  /// happened then. Progress: lock-free; the first one in the process starts the worker. Context: anywhere but signal
-  /// handlers, also in sections and callbacks. A callback may sleep, call and synchronize; while it runs, no other
-  /// callback of the worker does.
+  /// and may be gone when the function returns. A forked child runs what is queued when it next calls or has a barrier,
+  /// so a head must not lie on the stack of a thread that it does not have. Returns: ok; again if max_backlog are
+  /// queued, no_slot: nothing has happened then. Progress: lock-free; the first one in the process starts the worker.
+  /// Context: anywhere but signal handlers, also in sections and callbacks. A callback may sleep, call and synchronize;
+  /// while it runs, no other callback of the worker does.
   errc call(srcu_head& head, srcu_callback function) noexcept {
     return this->enqueue(head, function, this->max_backlog_);
   }
   /// The same whatever the backlog is: for what cannot be taken back any more.
   errc call_unbounded(srcu_head& head, srcu_callback function) noexcept { return this->enqueue(head, function, 0); }
 
-  /// Returns: how many callbacks are queued and have not begun to run. May be stale on arrival.
-  std::size_t backlog() const noexcept { return this->backlog_.load(std::memory_order_relaxed); }
+  /// Returns: how many callbacks are queued or run just now. May be stale on arrival. Ordering: who finds none comes
+  /// after what those that have run did.
+  std::size_t backlog() const noexcept {
+    return (this->queued_.load(std::memory_order_relaxed) - this->ran()) / base::one;
+  }
 
   /// Effects: returns when every callback that was queued before the call has run (S4, L8). With an executor of the
   /// user's, the caller drains. Precondition: not inside a section of this domain, nor in a callback (L7, checked).
@@ -164,20 +168,15 @@ class domain_core : public callback_queue<Platform> {
                       this->slot_);
     }
     if constexpr (mutated(mutation::early_barrier)) return synchronize();
-    sentinel s;
-    static_cast<void>(call_unbounded(s, [](srcu_head* h) noexcept {
-      auto& done = static_cast<sentinel*>(h)->done;
-      done.store(1, std::memory_order_release);  // (q4) pairs with (q5)
-      Platform::wake(done);                      // by address only: the sentinel may be gone
-    }));
-    if (this->schedule_ == nullptr && !this->runtime_->work.start()) return this->runtime_->work.run_here(s.done);
-    while (s.done.load(std::memory_order_acquire) == 0) {  // (q5)
-      if (this->schedule_ == nullptr) {
-        Platform::wait(s.done, 0);
-      } else {
+    const std::uint32_t counted = this->queued_.load(std::memory_order_relaxed);
+    if (this->schedule_ != nullptr) {
+      while (!this->has_run(counted)) {
         synchronize();
         if (drain() == 0) Platform::yield();
       }
+    } else if (!this->has_run(counted)) {
+      this->runtime_->work.start_or([&] { return this->has_run(counted); });
+      this->wait_until_run(counted);
     }
   }
 
@@ -222,12 +221,9 @@ class domain_core : public callback_queue<Platform> {
   bool close() noexcept {
     if (this->slot_ == 0) return true;
     if (this->used_.load(std::memory_order_relaxed)) {
-      if (backlog() == 0 && this->schedule_ == nullptr && this->runtime_->work.runs_here()) {
-        this->runtime_->work.forget(*this);  // in another domain's callback
-      } else {
-        barrier();
-      }
+      if (backlog() != 0) barrier();
       if (backlog() != 0) std::abort();  // barrier() was refused, and said why
+      if (this->schedule_ == nullptr) this->runtime_->work.forget(*this);
     }
     const bool clear = this->runtime_->for_each_record(
         [&](auto& r) { return r.at(this->slot_).word.load(std::memory_order_relaxed) == 0; });
@@ -255,18 +251,17 @@ class domain_core : public callback_queue<Platform> {
   friend runtime<Platform>;
   friend worker<Platform>;
 
-  struct sentinel : srcu_head {
-    std::atomic<std::uint32_t> done{0};
-  };
-
   bool runs_callbacks_here() const noexcept {
-    return this->schedule_ == nullptr ? this->runtime_->work.runs_here()
-                                      : this->drainer_.load(std::memory_order_relaxed) == Platform::self();
+    return this->schedule_ == nullptr ? this->runtime_->work.runs_here() : drains_here();
   }
+  bool drains_here() const noexcept { return this->drainer_.load(std::memory_order_relaxed) == Platform::self(); }
 
-  void after_fork() noexcept {
+  /// Returns: true if there is something for the worker.
+  bool after_fork() noexcept {
     this->reset_after_fork();
-    this->reset_queue_after_fork();
+    const auto& w = this->runtime_->work;
+    this->reset_queue_after_fork(w.taken_of(*this), w.runs_callback_of(*this) || drains_here());
+    return this->schedule_ == nullptr && this->batch_ != nullptr;
   }
 
   // The lists that the domain is on.

@@ -52,8 +52,9 @@ class grace_period_driver {
 
   /// Returns: the grace period that a caller needs: the first that begins from now on.
   std::uint64_t next_grace_period() const noexcept {
-    Platform::full();  // (d8) what the caller did before, the load of S, and so the heavy fence of S + 1
-    return sequence_.load(std::memory_order_relaxed) + (mutated(mutation::early_cookie) ? 0 : 1);
+    // (d8) acq_rel pairs with itself: what the caller did before happens before the step to the next one, and so before
+    // sections read S + 1, and before its heavy fence.
+    return begun_.fetch_add(0, std::memory_order_acq_rel) + (mutated(mutation::early_cookie) ? 0 : 1);
   }
 
   /// Blocks until the grace period has ended.
@@ -201,6 +202,7 @@ class grace_period_driver {
 
   // Grace periods only.
   alignas(64) typename Platform::mutex driver_;
+  mutable word begun_{first_sequence};     ///< the sequence, for requests: sections do not read this one
   word completed_{first_sequence};         ///< the last grace period that has ended
   std::uint64_t fenced_ = first_sequence;  ///< under driver_: the last grace period whose fence is done
 
@@ -212,7 +214,7 @@ class grace_period_driver {
   std::uint64_t begin_if_idle() noexcept {
     std::uint64_t now = sequence_.load(std::memory_order_relaxed);
     if (completed_.load(std::memory_order_relaxed) == now) {
-      ++now;
+      now = begun_.fetch_add(1, std::memory_order_acq_rel) + 1;  // (d8)
       sequence_.store(now, order(std::memory_order_release, mutation::sequence_relaxed));  // (d1) pairs with (d2)
     }
     return now;

@@ -44,10 +44,10 @@ class runtime {
 
   /// What a section's fast path reads: {the runtime that this thread is attached to, its slab}.
   struct thread_view {
-    const runtime* attached_to;
-    std::byte* slab;
+    const runtime* attached_to = nullptr;
+    std::byte* slab = nullptr;
   };
-  static thread_view& view() noexcept { return view_; }
+  [[gnu::always_inline]] static thread_view& view() noexcept { return Platform::template own<runtime, thread_view>(); }
 
   /// The calling thread's record, made on first use. Returns: nullptr if memory or pthread keys are exhausted.
   /// Cold: once per thread, except without heavy fences and across copies of the library.
@@ -63,9 +63,9 @@ class runtime {
         return nullptr;
       }
     }
-    if (this == &own_ && asymmetric() && view_.attached_to != this) {
+    if (this == &own_ && asymmetric() && view().attached_to != this) {
       const typename Platform::signal_guard guard;  // a handler must not see half of it
-      view_ = {this, r->slab()};
+      view() = {this, r->slab()};
     }
     return r;
   }
@@ -176,7 +176,7 @@ class runtime {
   static void thread_exits(void* value) noexcept {
     auto* r = static_cast<record*>(value);
     runtime& home = *r->home;
-    if (view_.attached_to == &home) view_ = {nullptr, nullptr};
+    if (view().attached_to == &home) view() = {nullptr, nullptr};
     while (static_slot* const s = r->static_slots) {
       r->static_slots = s->next;
       home.close(*s, r->at(s->slot));
@@ -238,8 +238,7 @@ class runtime {
     }
     new (&home.fence_mutex_) typename Platform::mutex;
     home.fences_ended_ = home.fences_begun_.load(std::memory_order_relaxed);
-    for (core* d = home.first_; d != nullptr; d = d->next_) d->after_fork();
-    home.work.after_fork_child();
+    home.work.after_fork_child(home.first_);
     home.mutex_.unlock();
   }
 
@@ -256,15 +255,10 @@ class runtime {
   slot_allocator<Platform::slots> slots_;
 
   static runtime own_;
-  [[gnu::tls_model("initial-exec")]] static thread_local constinit thread_view view_;
 };
 
 template <class Platform>
 constinit inline runtime<Platform> runtime<Platform>::own_{};
-
-template <class Platform>
-[[gnu::tls_model("initial-exec")]] constinit inline thread_local
-    typename runtime<Platform>::thread_view runtime<Platform>::view_{nullptr, nullptr};
 
 }  // namespace detail
 MMUNOTIFY_END_NAMESPACE

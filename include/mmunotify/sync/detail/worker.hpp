@@ -10,9 +10,9 @@
 // another (S7); a callback that takes long does, and a user whose callbacks do names an executor of their own.
 //
 // Queues of domains: `pending_`, pushed to without a lock, and `active_`, `ready_`, under the mutex. A domain is in at
-// most one of them, and says so in `posted_`. Before the last callbacks of a domain run, it is in none: a callback, or
-// whoever waits for it, may destroy the domain. The mutex is not held while a callback runs. What is being run is kept
-// in `running_`, not in the thread, so that a forked child can go on where the parent's worker was.
+// most one of them, and says so in `posted_`. Before the last callbacks of a domain run, it is in none: whoever waits
+// for them may destroy it. The mutex is not held while a callback runs. What is being run is kept in `running_`, not in
+// the thread, so that a forked child can go on where the parent's worker was.
 
 #include <atomic>
 #include <cstddef>
@@ -79,14 +79,16 @@ class worker {
   /// Returns: true in the thread that runs callbacks, inside one.
   bool runs_here() const noexcept { return runner_.load(std::memory_order_relaxed) == Platform::self(); }
 
-  /// Effects: where no thread can be had, the caller does the work until `done` is not 0.
-  void run_here(const std::atomic<std::uint32_t>& done) noexcept {
-    while (done.load(std::memory_order_acquire) == 0) {  // (q5) pairs with (q4)
+  /// Effects: starts the thread; where none can be had, the caller does the work until done() says true.
+  template <class Done>
+  void start_or(Done done) noexcept {
+    if (start()) return;
+    while (!done()) {
       if (!claim()) {
         Platform::yield();
         continue;
       }
-      while (done.load(std::memory_order_acquire) == 0) {  // (q5)
+      while (!done()) {
         if (!round()) Platform::yield();
       }
       runner_.store(0, std::memory_order_relaxed);
@@ -94,7 +96,11 @@ class worker {
     }
   }
 
-  /// Effects: takes a domain off the lists that has nothing queued, before it is destroyed in a callback of another.
+  /// Returns: what was taken of a domain's callbacks and has not begun to run. For a forked child.
+  const srcu_head* taken_of(const core& d) const noexcept { return running_of_ == &d ? running_ : nullptr; }
+  bool runs_callback_of(const core& d) const noexcept { return runs_here() && running_of_ == &d; }
+
+  /// Effects: takes a domain off the lists that has nothing queued: somebody may have posted it all the same.
   void forget(core& d) noexcept {
     const std::lock_guard lock(mutex_);
     adopt_pending();
@@ -102,16 +108,25 @@ class worker {
       while (*list != nullptr && *list != &d) list = &(*list)->next_work_;
       if (*list == &d) *list = d.next_work_;
     }
+    if (running_of_ == &d) running_of_ = nullptr;
   }
 
   void before_fork() noexcept { mutex_.lock(); }
   void after_fork_parent() noexcept { mutex_.unlock(); }
-  /// The child has no worker, unless it was the worker that forked, in a callback.
-  void after_fork_child() noexcept {
+  /// The child has no worker, unless it was the worker that forked, in a callback. The lists are made anew, since a
+  /// thread that the child does not have may have been about to post.
+  void after_fork_child(core* domains) noexcept {
     if (!runs_here()) {
       runner_.store(0, std::memory_order_relaxed);
       state_.store(state::none, std::memory_order_relaxed);
       asleep_.store(false, std::memory_order_relaxed);
+    }
+    pending_.store(nullptr, std::memory_order_relaxed);
+    active_ = ready_ = nullptr;
+    for (core* d = domains; d != nullptr; d = d->next_) {
+      const bool work = d->after_fork();
+      d->posted_.store(work, std::memory_order_relaxed);
+      if (work) d->next_work_ = std::exchange(active_, d);
     }
     mutex_.unlock();
   }
@@ -237,9 +252,10 @@ class worker {
     bool any = false;
     while (next_ready()) {
       any = true;
+      core* const d = running_of_;
       while (srcu_head* const h = running_) {
         running_ = h->next;
-        running_of_->run(*h);
+        d->run(*h);
       }
     }
     return any;
