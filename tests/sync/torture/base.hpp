@@ -152,7 +152,7 @@ struct alignas(128) thread_state {
   std::array<counter, bins> pipe{};   ///< how old an element was at the end of a section
   std::array<counter, bins> batch{};  ///< how many grace periods began inside a section
 
-  void note(count c) noexcept { counts[static_cast<std::size_t>(c)].add(); }
+  void note(count c, std::uint64_t n = 1) noexcept { counts[static_cast<std::size_t>(c)].add(n); }
 };
 
 inline std::array<thread_state, 96> threads;

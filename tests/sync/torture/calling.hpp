@@ -46,6 +46,7 @@ class numbered_calls {
     const in_flight f("callbacks", name_);
     // (c1) acquire pairs with (c2): the callbacks are over.
     while (seen_.load(std::memory_order_acquire) != queued) std::this_thread::yield();
+    self->note(count::flooded, queued);
   }
 
   /// How often call() was refused.
