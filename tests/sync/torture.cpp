@@ -240,30 +240,47 @@ struct phase {
   std::uint32_t mask;
   mood how;
   std::uint32_t slots;
+  std::uint64_t section = any;  ///< most sections
+  std::uint64_t update = any;   ///< most updates
+  std::uint64_t where = any;    ///< most of everything
 };
 
 /// The first few in order, so that a short run has seen them; then at random.
 phase choose_phase(std::size_t n, small_random& random) {
   constexpr std::array first{
       phase{everything, mood::mixed, 8},
-      phase{readers | updaters, mood::brisk, 1},
+      phase{readers | updaters, mood::brisk, 1, plain_section, by_ageing, 0},
       phase{quiet, mood::brisk, 8},
       phase{lists | signals, mood::brisk, 8},
       phase{readers | updaters | third | signals | births, mood::mixed, 2},
       phase{everything & ~(readers | births), mood::mixed, 8},  // nobody reads: the domains are idle
       phase{readers | forks | barriers | floods, mood::drowsy, 8},
+      phase{readers | updaters | signals, mood::brisk, 1, handoff_section, by_waiting, 0},
+      phase{births | updaters, mood::drowsy, 4, any, by_waiting, 2},
       phase{everything & ~quiet, mood::drowsy, 4},
   };
-  constexpr std::size_t fixed = first.size();
-  phase p = first[n % fixed];
-  if (n >= fixed && random.below(2) == 0) {
-    p = {static_cast<std::uint32_t>(random() & random.below(everything + 1)), static_cast<mood>(random.below(3)),
-         static_cast<std::uint32_t>(1 + random.below(8))};
-  } else if (n >= fixed) {
-    p = first[random.below(fixed)];
+  phase p = first[n % first.size()];
+  if (n >= first.size()) {
+    p = first[random.below(first.size())];
+    if (random.below(2) == 0) p.mask = static_cast<std::uint32_t>(random() & random.below(everything + 1));
+    if (random.below(2) == 0) p.how = static_cast<mood>(random.below(3));
+    if (random.below(2) == 0) p.slots = static_cast<std::uint32_t>(1 + random.below(8));
+    p.section = random.below(2) == 0 ? any : random.below(section_kinds);
+    p.update = random.below(2) == 0 ? any : random.below(update_kinds);
+    p.where = random.below(2) == 0 ? any : random.below(arenas.size());
   }
   p.mask &= options.activities;
-  return p.mask == 0 ? phase{options.activities, mood::brisk, 4} : p;
+  if (p.mask == 0) p.mask = options.activities;
+  return p;
+}
+
+void begin_phase(const phase& p) {
+  current_mood.store(p.how, std::memory_order_relaxed);
+  slots_in_use.store(p.slots, std::memory_order_relaxed);
+  taste.section.store(p.section, std::memory_order_relaxed);
+  taste.update.store(p.update, std::memory_order_relaxed);
+  taste.arena.store(p.where, std::memory_order_relaxed);
+  change_active(p.mask);
 }
 
 void run_phases() {
@@ -273,10 +290,7 @@ void run_phases() {
   small_random random(options.seed);
   watcher w;
   for (std::size_t n = 0; clock::now() < end; ++n) {
-    const phase p = choose_phase(n, random);
-    current_mood.store(p.how, std::memory_order_relaxed);
-    slots_in_use.store(p.slots, std::memory_order_relaxed);
-    change_active(p.mask);
+    begin_phase(choose_phase(n, random));
     for (std::uint64_t ticks = 10 + random.below(25); ticks > 0 && clock::now() < end; --ticks) {
       std::this_thread::sleep_for(std::chrono::milliseconds(10));
       w.look();

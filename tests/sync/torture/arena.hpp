@@ -146,6 +146,6 @@ class arena final : public any_arena, public updated<Domain> {
 
 inline std::vector<any_arena*> arenas;
 
-inline any_arena& some_arena() { return *arenas[self->random.below(arenas.size())]; }
+inline any_arena& some_arena() { return *arenas[choose(self->random, arenas.size(), taste.arena)]; }
 
 }  // namespace torture

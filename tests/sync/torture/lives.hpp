@@ -240,12 +240,18 @@ inline void on_signal(int) {
 }
 
 inline void send_signal() noexcept {
-  auto& t = threads[self->random.below(threads.size())];
-  if (t.takes_signals.load(std::memory_order_acquire)) {
-    ::pthread_kill(t.handle, SIGUSR1);
-    self->completed.add();
+  std::array<thread_state*, threads.size()> targets{};
+  std::size_t n = 0;
+  for (auto& t : threads) {
+    if (t.takes_signals.load(std::memory_order_acquire)) targets[n++] = &t;
   }
-  if (self->random.below(64) == 0) doze();
+  if (n == 0) return doze();
+  for (int i = 0; i < 16; ++i) {
+    ::pthread_kill(targets[self->random.below(n)]->handle, SIGUSR1);
+    if (self->random.below(4) == 0) std::this_thread::yield();
+  }
+  self->completed.add();
+  if (self->random.below(4) == 0) doze();
 }
 
 /// A broken library may look at memory that is gone.

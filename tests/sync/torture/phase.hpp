@@ -17,6 +17,20 @@ namespace torture {
 inline std::atomic<std::uint32_t> active{0};  ///< a mask of activities
 inline std::atomic<std::uint32_t> slots_in_use{8};
 
+/// What most of the choices in the phase come out as; `any`: no taste.
+inline constexpr std::uint64_t any = ~std::uint64_t{0};
+struct {
+  std::atomic<std::uint64_t> arena{any};
+  std::atomic<std::uint64_t> section{any};
+  std::atomic<std::uint64_t> update{any};
+} inline taste;
+
+inline std::uint64_t choose(small_random& random, std::uint64_t n,
+                            const std::atomic<std::uint64_t>& favourite) noexcept {
+  const std::uint64_t f = favourite.load(std::memory_order_relaxed);
+  return f != any && random.below(8) != 0 ? f : random.below(n);
+}
+
 inline bool is_active(std::uint32_t a) noexcept { return (active.load(std::memory_order_relaxed) & a) != 0; }
 
 inline void change_active(std::uint32_t mask) noexcept {
@@ -31,7 +45,9 @@ void perform(std::uint32_t a, Step step, BeforeParking before_parking) {
     const std::uint32_t mask = active.load(std::memory_order_relaxed);
     if ((mask & a) == 0) {
       before_parking();
+      const bool signalled = self->takes_signals.exchange(false, std::memory_order_relaxed);
       mmunotify::linux_platform::wait(active, mask);
+      self->takes_signals.store(signalled, std::memory_order_relaxed);
       continue;
     }
     step();

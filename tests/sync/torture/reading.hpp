@@ -33,6 +33,17 @@ struct {
 /// A cell that one thread fills and another empties.
 enum class cell_state : std::uint32_t { empty, busy, full };
 
+enum : std::uint64_t {
+  plain_section,
+  another_plain_section,
+  nested_section,
+  unordered_section,
+  ledger_section,
+  cookie_section,
+  handoff_section,
+  section_kinds
+};
+
 template <class Domain>
 class published {
  public:
@@ -49,17 +60,14 @@ class published {
 
   /// One section of some kind.
   void read() {
-    auto& random = self->random;
-    switch (random.below(16)) {
+    switch (choose(self->random, section_kinds, taste.section)) {
       default: return plain();
-      case 8:
-      case 9: return nested();
-      case 10:
-      case 11: return unordered();
-      case 12: return self->index < ledgers ? with_ledger() : plain();
-      case 13: return cookie_inside();
-      case 14: return begin_for_another();
-      case 15: return static_cast<void>(end_for_another());
+      case nested_section: return nested();
+      case unordered_section: return unordered();
+      case ledger_section: return self->index < ledgers ? with_ledger() : plain();
+      case cookie_section: return cookie_inside();
+      case handoff_section:
+        return self->random.below(2) == 0 ? begin_for_another() : static_cast<void>(end_for_another());
     }
   }
 

@@ -16,6 +16,8 @@ namespace torture {
 
 inline constexpr std::size_t max_updaters = 4;
 
+enum : std::uint64_t { by_ageing, by_waiting, by_hurrying, by_polling, by_calling, by_retiring, by_mail, update_kinds };
+
 template <class Domain>
 class updated : public published<Domain> {
   using base = published<Domain>;
@@ -27,17 +29,14 @@ class updated : public published<Domain> {
   void update() {
     object* const old = replace();
     if (old == nullptr) return synchronize();
-    switch (self->random.below(10)) {
+    switch (choose(self->random, update_kinds, taste.update)) {
       default: mine().pipe.push_back(old); return synchronize();
-      case 1: return wait_and_free(old);
-      case 2: return wait_expedited(old);
-      case 3:
-      case 4: return poll(old);
-      case 5:
-      case 6: return call(old);
-      case 7: return retire(old);
-      case 8: return retire_plain(old);
-      case 9: return give_to_third(old);
+      case by_waiting: return wait_and_free(old);
+      case by_hurrying: return wait_expedited(old);
+      case by_polling: return poll(old);
+      case by_calling: return call(old);
+      case by_retiring: return self->random.below(2) == 0 ? retire(old) : retire_plain(old);
+      case by_mail: return give_to_third(old);
     }
   }
 
