@@ -25,6 +25,7 @@ class any_arena {
   virtual const char* arena_name() const = 0;
   virtual void attach() = 0;
   virtual void read_one() = 0;
+  virtual void read_last() = 0;  ///< one that leaves nothing for others
   virtual void read_in_handler_one() noexcept = 0;
   virtual void inside(const std::function<void()>& f) = 0;  ///< in a section that the thread itself has to end
   virtual void update_one() = 0;
@@ -68,6 +69,7 @@ class arena final : public any_arena, public updated<Domain> {
     this->read();
     self->completed.add();
   }
+  void read_last() override { this->read_plain(); }
   void read_in_handler_one() noexcept override { this->read_in_handler(); }
   void inside(const std::function<void()>& f) override { this->read_around(f); }
   void update_one() override {

@@ -267,15 +267,17 @@ inline void doze() noexcept {
 
 inline void dwell(small_random& random) noexcept {
   const auto m = current_mood.load(std::memory_order_relaxed);
-  const std::uint64_t x = random.below(m == mood::brisk ? 512 : m == mood::mixed ? 64 : 16);
+  const std::uint64_t x = random() % (m == mood::brisk ? 1024 : m == mood::mixed ? 64 : 16);
   if (x == 0) {
     if (random.below(4) == 0) {
       doze();
       self->note(count::slept);
     }
     for (std::uint64_t i = random.below(6); i > 0; --i) std::this_thread::yield();
+  } else if (m == mood::brisk) {
+    relax(x / 16);
   } else if (x < 8) {
-    relax(random.below(m == mood::brisk ? 100 : 400));
+    relax(random.below(400));
   }
 }
 

@@ -79,6 +79,7 @@ class visitor {
     ~late() {
       if (where == nullptr) return;
       where->read_one();
+      for (any_arena* a : arenas) a->end_handoffs();
       leave();
     }
   };
@@ -92,7 +93,8 @@ class visitor {
       last.where = &some_arena();
       return nullptr;
     }
-    some_arena().read_one();
+    for (any_arena* a : arenas) a->end_handoffs();  // nobody else may be there to do it
+    some_arena().read_last();
     leave();
     return nullptr;
   }

@@ -61,14 +61,22 @@ class published {
   /// One section of some kind.
   void read() {
     switch (choose(self->random, section_kinds, taste.section)) {
-      default: return plain();
+      default: return read_plain();
       case nested_section: return nested();
       case unordered_section: return unordered();
-      case ledger_section: return self->index < ledgers ? with_ledger() : plain();
+      case ledger_section: return self->index < ledgers ? with_ledger() : read_plain();
       case cookie_section: return cookie_inside();
       case handoff_section:
         return self->random.below(2) == 0 ? begin_for_another() : static_cast<void>(end_for_another());
     }
+  }
+
+  void read_plain() noexcept {
+    const section s(domain_);
+    const sight x = look(self->random);
+    dwell(self->random);
+    verify(x);
+    self->note(count::plain);
   }
 
   void read_in_handler() noexcept {
@@ -172,14 +180,6 @@ class published {
   std::array<mail, 4> mails_;
 
  private:
-  void plain() noexcept {
-    const section s(domain_);
-    const sight x = look(self->random);
-    dwell(self->random);
-    verify(x);
-    self->note(count::plain);
-  }
-
   void nested() noexcept {
     const section outer(domain_);
     const sight x = look(self->random);
