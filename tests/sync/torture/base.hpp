@@ -265,6 +265,17 @@ inline void doze() noexcept {
   ::nanosleep(&t, nullptr);
 }
 
+/// Stores to memory that is far away. A processor keeps its stores in order and lets loads overtake them: what is
+/// stored next becomes visible late, and what a fence should have held back is seen early.
+inline void fill_store_buffer(small_random& random) noexcept {
+  constexpr std::size_t lines = std::size_t{1} << 20;
+  struct alignas(64) line {
+    std::atomic<std::uint32_t> word;
+  };
+  static constinit std::array<line, lines> far_away{};
+  for (int i = 0; i < 24; ++i) far_away[random() % lines].word.store(1, std::memory_order_relaxed);
+}
+
 inline void dwell(small_random& random) noexcept {
   const auto m = current_mood.load(std::memory_order_relaxed);
   const std::uint64_t x = random() % (m == mood::brisk ? 1024 : m == mood::mixed ? 64 : 16);

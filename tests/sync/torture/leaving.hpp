@@ -34,6 +34,7 @@ class quiet_pair {
     asked_.store(n, std::memory_order_release);  // (y1) pairs with (y2)
     while (begun_.load(std::memory_order_acquire) != n) std::this_thread::yield();
     relax(self->random.below(500));
+    if (self->random.below(2) == 0) fill_store_buffer(self->random);
     if (by_handoff) {
       domain_.up_read(token);
     } else {

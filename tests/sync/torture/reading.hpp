@@ -72,8 +72,11 @@ class published {
   }
 
   void read_plain() noexcept {
+    const bool late = self->random.below(4) == 0;
+    if (late) fill_store_buffer(self->random);
     const section s(domain_);
     const sight x = look(self->random);
+    if (late) relax(self->random.below(128));
     dwell(self->random);
     verify(x);
     self->note(count::plain);
@@ -196,6 +199,7 @@ class published {
 
   void unordered() noexcept {
     if (domain_.held_by_this_thread()) fail("S6: outside of %s, and held_by_this_thread says inside", name_);
+    if (self->random.below(4) == 0) fill_store_buffer(self->random);
     domain_.lock();
     const sight x = look(self->random);
     domain_.lock();
