@@ -142,7 +142,7 @@ class crew {
   /// Starts a thread that is attached everywhere, and that signals may interrupt.
   template <class Body>
   void add(const char* name, std::size_t index, Body body) {
-    all_.emplace_back([this, name, index, body, seed = options.seed * 1000 + all_.size()] {
+    all_.emplace_back([name, index, body, seed = options.seed * 1000 + all_.size()] {
       if (enter(name, index, seed) == nullptr) fail("there are too many threads");
       for (any_arena* a : arenas) a->attach();
       self->takes_signals.store(true, std::memory_order_release);

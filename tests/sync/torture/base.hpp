@@ -270,10 +270,10 @@ inline void doze() noexcept {
 inline void fill_store_buffer(small_random& random) noexcept {
   constexpr std::size_t lines = std::size_t{1} << 20;
   struct alignas(64) line {
-    std::atomic<std::uint32_t> word;
+    std::uint32_t word;
   };
-  static constinit std::array<line, lines> far_away{};
-  for (int i = 0; i < 24; ++i) far_away[random() % lines].word.store(1, std::memory_order_relaxed);
+  static std::array<line, lines> far_away{};
+  for (int i = 0; i < 24; ++i) std::atomic_ref(far_away[random() % lines].word).store(1, std::memory_order_relaxed);
 }
 
 inline void dwell(small_random& random) noexcept {
