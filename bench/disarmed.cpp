@@ -22,6 +22,7 @@
 #include <vector>
 
 #include <mmunotify/notifier/address_space.hpp>
+#include <mmunotify/notifier/keyed.hpp>
 
 #include "ratios.hpp"
 
@@ -31,6 +32,7 @@ using namespace mmunotify;
 
 using none = address_space<disabled>;
 using under = address_space<arming::under<std::shared_mutex>>;
+using keyed = address_space<arming::keyed<std::shared_mutex>>;
 using tracked = address_space<arming::tracked>;
 
 constexpr std::size_t fanout = 16;
@@ -166,6 +168,7 @@ void add_disarmed(const std::string& group) {
   }
   add_policy<Body, none>(group, "disabled");
   add_policy<Body, under>(group, "under");
+  add_policy<Body, keyed>(group, "keyed");
   add_policy<Body, tracked>(group, "tracked");
 }
 
@@ -208,6 +211,19 @@ void armed(benchmark::State& state, std::size_t subscribers) {
   }
   for (const auto& c : clients) {
     if (c.starts != brackets || c.ends != brackets) state.SkipWithError("a client was not called once per bracket");
+  }
+}
+
+/// The first subscriber of a space comes, and goes again: the space is armed and disarmed. Nothing else runs.
+template <class Space>
+void registration(benchmark::State& state) {
+  Space space;
+  client c;
+  subscriber<client> node{c};
+  for ([[maybe_unused]] auto _ : state) {
+    if (join(space, node) != errc::ok || space.unregister(node) != errc::ok) {
+      return state.SkipWithError("a registration failed");
+    }
   }
 }
 
@@ -298,10 +314,14 @@ int main(int argc, char** argv) {
     const std::string group = "armed_" + std::to_string(n);
     ratios::add(group + "/indirect_calls", [n](benchmark::State& s) { indirect_calls(s, n); });
     ratios::add(group + "/under", [n](benchmark::State& s) { armed<under>(s, n); });
+    ratios::add(group + "/keyed", [n](benchmark::State& s) { armed<keyed>(s, n); });
     ratios::add(group + "/tracked", [n](benchmark::State& s) { armed<tracked>(s, n); });
   }
   ratios::add("cold_million/bare", [](benchmark::State& s) { cold<no_space>(s); });
   ratios::add("cold_million/disabled", [](benchmark::State& s) { cold<none>(s); });
   ratios::add("cold_million/under", [](benchmark::State& s) { cold<under>(s); });
+  ratios::add("cold_million/keyed", [](benchmark::State& s) { cold<keyed>(s); });
+  ratios::add("registration/under", [](benchmark::State& s) { registration<under>(s); });
+  ratios::add("registration/keyed", [](benchmark::State& s) { registration<keyed>(s); });
   return ratios::run(argc, argv);
 }

@@ -5,10 +5,17 @@
 // interleaved, may be compared.
 //
 // A bench names its cases "group/variant"; the first variant of a group is its baseline. Repetitions of all cases are
-// interleaved at random; the table gives each case's median, its spread, and the median of its ratio to the baseline.
+// interleaved at random; the table gives each case's median, its spread, and the ratio of its median to the baseline's.
 // A case that finds its own answer wrong calls SkipWithError; then the program says so and fails.
+//
+// Times are the CPU time of the thread, which does not count what others take away; a case that waits asks for
+// UseRealTime(). With several threads both are per operation of one thread.
+//
+// A bench may state goals: a case's median, or its ratio to another case of the same run, and what it should not
+// exceed. They are printed after the table. A goal that is missed is not a failure: the machine may be busy or another.
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdio>
 #include <map>
 #include <ostream>
@@ -26,6 +33,12 @@ inline double median(std::vector<double> v) {
   return v.size() % 2 == 1 ? v[v.size() / 2] : (v[v.size() / 2 - 1] + v[v.size() / 2]) / 2;
 }
 
+/// Every figure of this run: the times of the cases in ns, and what figure() added.
+inline std::map<std::string, std::vector<double>>& figures() {
+  static std::map<std::string, std::vector<double>> all;
+  return all;
+}
+
 class reporter : public benchmark::BenchmarkReporter {
  public:
   bool ReportContext(const Context&) override { return true; }
@@ -38,9 +51,9 @@ class reporter : public benchmark::BenchmarkReporter {
         continue;
       }
       if (r.run_type != Run::RT_Iteration) continue;
-      const std::string name = r.run_name.function_name;
-      if (times_.find(name) == times_.end()) order_.push_back(name);
-      times_[name].push_back(r.threads > 1 ? r.GetAdjustedRealTime() : r.GetAdjustedCPUTime());
+      const std::string& name = r.run_name.function_name;
+      if (figures().find(name) == figures().end()) order_.push_back(name);
+      figures()[name].push_back(time_of(r));
     }
   }
 
@@ -52,7 +65,7 @@ class reporter : public benchmark::BenchmarkReporter {
     std::stable_sort(names.begin(), names.end(),
                      [&](const std::string& a, const std::string& b) { return group_rank(a) < group_rank(b); });
     for (const std::string& name : names) {
-      const auto& t = times_.at(name);
+      const auto& t = figures().at(name);
       const std::string g = name.substr(0, name.rfind('/'));
       if (g != group) {
         group = g;
@@ -68,6 +81,12 @@ class reporter : public benchmark::BenchmarkReporter {
   bool failed() const { return failed_; }
 
  private:
+  /// The library divides by the operations of all threads: the CPU time, a sum, as it should, and the real time too.
+  static double time_of(const Run& r) {
+    const bool real = !r.run_name.time_type.empty();
+    return real ? r.GetAdjustedRealTime() * static_cast<double>(r.threads) : r.GetAdjustedCPUTime();
+  }
+
   /// The place of the first case of the name's group.
   static std::size_t group_rank(const std::string& name) {
     const std::string group = name.substr(0, name.rfind('/') + 1);
@@ -82,7 +101,7 @@ class reporter : public benchmark::BenchmarkReporter {
     std::vector<std::string> names = registered();
     std::vector<std::string> found;
     for (const auto& n : names) {
-      if (times_.count(n) != 0) found.push_back(n);
+      if (figures().count(n) != 0) found.push_back(n);
     }
     for (const auto& n : order_) {
       if (std::find(found.begin(), found.end(), n) == found.end()) found.push_back(n);
@@ -98,7 +117,6 @@ class reporter : public benchmark::BenchmarkReporter {
 
  private:
   std::vector<std::string> order_;
-  std::map<std::string, std::vector<double>> times_;
   bool failed_ = false;
 };
 
@@ -107,6 +125,36 @@ template <class F>
 benchmark::internal::Benchmark* add(const std::string& name, F f) {
   reporter::registered().push_back(name);
   return benchmark::RegisterBenchmark(name.c_str(), f);
+}
+
+/// Adds a figure that is not a time, for goals.
+inline void figure(const std::string& name, double value) { figures()[name] = {value}; }
+
+/// What a bench hopes for.
+struct goal {
+  std::string sentence;
+  std::string name;         ///< a case or figure
+  double limit;             ///< of its median, or of the ratio
+  std::string relative_to;  ///< the case that the ratio is to; empty: none
+
+  /// Prints one line.
+  void print() const {
+    const auto found = figures().find(name);
+    const auto base = figures().find(relative_to);
+    const bool measured = found != figures().end() && (relative_to.empty() || base != figures().end());
+    if (!measured) {
+      std::printf("%-72s %10s %10.2f  not measured\n", sentence.c_str(), "-", limit);
+      return;
+    }
+    const double value = median(found->second) / (relative_to.empty() ? 1 : median(base->second));
+    std::printf("%-72s %10.2f %10.2f  %s\n", sentence.c_str(), value, limit, value <= limit ? "ok" : "missed");
+  }
+};
+
+inline void print_goals(const std::vector<goal>& goals) {
+  std::printf("\n%-72s %10s %10s\n", "goal", "figure", "at most");
+  for (const goal& g : goals) g.print();
+  std::fflush(stdout);
 }
 
 /// Runs everything that was added. Returns: the program's exit status.

@@ -18,11 +18,13 @@ missing_packages() {
   local tool
   for tool in "$@"; do
     case $tool in
-      g++ | clang-tidy | clang-format-16) command -v "$tool" >/dev/null || echo "$tool" ;;
+      g++ | clang-tidy | clang-format-16 | valgrind) command -v "$tool" >/dev/null || echo "$tool" ;;
       cmake) command -v cmake >/dev/null || echo cmake ;;
       ninja) command -v ninja >/dev/null || echo ninja-build ;;
       objdump) command -v objdump >/dev/null || echo binutils ;;
       clang++) command -v clang++ >/dev/null || echo clang ;;
+      aarch64-linux-gnu-g++) command -v aarch64-linux-gnu-g++ >/dev/null || echo g++-aarch64-linux-gnu ;;
+      qemu-aarch64) command -v qemu-aarch64 >/dev/null || echo qemu-user ;;
       doctest) has_header doctest/doctest.h || echo doctest-dev ;;
       benchmark) has_header benchmark/benchmark.h || echo libbenchmark-dev ;;
       *) usage_error "no package is known for $tool" ;;

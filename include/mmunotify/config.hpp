@@ -8,6 +8,9 @@
 //                       The cheap checks are always on. The value is part of the inline namespace, so that
 //                       objects built with different values do not link into one inconsistent program.
 
+//   MMUNOTIFY_LIVE_KEYS 0: static keys are loads, no code is changed at run time (default: 1 on x86-64 Linux, and 0
+//                       elsewhere and under ThreadSanitizer, which does not see an order that is made by code).
+
 //   MMUNOTIFY_MUTATION  a broken variant, by number, for the negative controls in tests/: a test that cannot notice it
 //                       proves nothing. 0, the default, is the product.
 
@@ -82,6 +85,14 @@
 #define MMUNOTIFY_TSAN 0
 #endif
 
+#ifndef MMUNOTIFY_LIVE_KEYS
+#if defined(__x86_64__) && defined(__linux__) && !MMUNOTIFY_TSAN
+#define MMUNOTIFY_LIVE_KEYS 1
+#else
+#define MMUNOTIFY_LIVE_KEYS 0
+#endif
+#endif
+
 MMUNOTIFY_BEGIN_NAMESPACE
 
 /// A programmer's mistake, as the handler gets it. The strings live as long as the call.
@@ -125,7 +136,7 @@ enum class mutation : int {
   fork_keeps_readers = 22,         ///< a forked child waits for the sections of threads that it does not have
   exit_unpinned = 23,              ///< a thread exits although a grace period looks at its word
   no_handoff_scan = 24,            ///< grace periods do not wait for hand-off sections
-  torn_key = 25,                   ///< static_key: sites are patched, and nobody is told
+  torn_key = 25,                   ///< a static key is on before every processor runs the changed code
 };
 
 /// True in the build that has this one protection removed.

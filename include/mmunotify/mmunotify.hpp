@@ -15,6 +15,7 @@
 #include <mmunotify/sync/lockfree_hlist.hpp>
 #include <mmunotify/sync/rcu.hpp>
 #include <mmunotify/sync/srcu_domain.hpp>
+#include <mmunotify/sync/static_key.hpp>
 #include <mmunotify/sync/static_srcu_domain.hpp>
 
 #include <mmunotify/observe/observe.hpp>
@@ -22,6 +23,7 @@
 #include <mmunotify/notifier/address_space.hpp>
 #include <mmunotify/notifier/disabled.hpp>
 #include <mmunotify/notifier/invalidation_window.hpp>
+#include <mmunotify/notifier/keyed.hpp>
 #include <mmunotify/notifier/subscription.hpp>
 
 #include <mmunotify/primary/reference_mmu.hpp>

@@ -11,7 +11,7 @@ using namespace mmunotify;
 
 namespace {
 
-constexpr auto last_errc = errc::again;
+constexpr auto last_errc = errc::refused_by_system;
 
 }  // namespace
 

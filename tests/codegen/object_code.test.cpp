@@ -2,12 +2,22 @@
 
 // The proof for the disarmed path is the object code (D1, D2): it is read here, by objdump, instruction by instruction.
 // The straight path of a function is what runs when no conditional branch is taken.
+//
+// With a static key the code that runs is not the code in the file (D4): there the same functions are loaded as a
+// shared object, and what is read is a copy of its file into which the code has been put as it is in memory.
 
 #include <doctest/doctest.h>
+
+#include <dlfcn.h>
+#include <elf.h>
+#include <link.h>
 
 #include <algorithm>
 #include <array>
 #include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <sstream>
@@ -23,6 +33,7 @@ struct instruction {
   std::string text() const { return mnemonic + " " + operands; }
 };
 using function = std::vector<instruction>;
+using program = std::map<std::string, function>;
 
 std::string output_of(const std::string& command) {
   const std::unique_ptr<FILE, int (*)(FILE*)> pipe(popen(command.c_str(), "r"), &pclose);
@@ -40,10 +51,10 @@ std::string without_comment(std::string s) {
   return s;
 }
 
-/// Every function of the object file, by symbol.
-std::map<std::string, function> disassemble() {
-  std::map<std::string, function> all;
-  std::istringstream lines(output_of("objdump -d --no-show-raw-insn " MMUNOTIFY_SUBJECT));
+/// Every function of the file, by symbol.
+program disassemble(const std::string& file) {
+  program all;
+  std::istringstream lines(output_of("objdump -d --no-show-raw-insn " + file));
   std::string line;
   std::string name;
   while (std::getline(lines, line)) {
@@ -68,12 +79,57 @@ std::map<std::string, function> disassemble() {
   return all;
 }
 
-const function& code(const std::string& name) {
-  static const auto all = disassemble();
+const program& object() {
+  static const program all = disassemble(MMUNOTIFY_SUBJECT);
+  return all;
+}
+
+/// The shared object, loaded.
+class live_subject {
+ public:
+  live_subject() : handle_(::dlopen(MMUNOTIFY_LIVE_SUBJECT, RTLD_NOW | RTLD_LOCAL)) {
+    REQUIRE_MESSAGE(handle_ != nullptr, MMUNOTIFY_LIVE_SUBJECT);
+  }
+  ~live_subject() { ::dlclose(handle_); }
+  live_subject(const live_subject&) = delete;
+  live_subject& operator=(const live_subject&) = delete;
+
+  template <class F>
+  F* symbol(const char* name) const {
+    return reinterpret_cast<F*>(::dlsym(handle_, name));
+  }
+
+  /// Its functions as they are in memory now.
+  program code() const {
+    std::ifstream in(MMUNOTIFY_LIVE_SUBJECT, std::ios::binary);
+    std::string image{std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};
+    ElfW(Ehdr) head;
+    REQUIRE(image.size() > sizeof head);
+    std::memcpy(&head, image.data(), sizeof head);
+    const link_map* loaded = nullptr;
+    REQUIRE(::dlinfo(handle_, RTLD_DI_LINKMAP, &loaded) == 0);
+    for (std::size_t i = 0; i < head.e_phnum; ++i) {
+      ElfW(Phdr) segment;
+      std::memcpy(&segment, image.data() + head.e_phoff + i * sizeof segment, sizeof segment);
+      if (segment.p_type != PT_LOAD || (segment.p_flags & PF_X) == 0) continue;
+      std::memcpy(image.data() + segment.p_offset, reinterpret_cast<const char*>(loaded->l_addr + segment.p_vaddr),
+                  segment.p_filesz);
+    }
+    const std::string file = MMUNOTIFY_LIVE_SUBJECT ".live";
+    std::ofstream(file, std::ios::binary).write(image.data(), static_cast<std::streamsize>(image.size()));
+    return disassemble(file);
+  }
+
+ private:
+  void* handle_;
+};
+
+const function& code(const program& all, const std::string& name) {
   const auto found = all.find(name);
   REQUIRE_MESSAGE(found != all.end(), name);
   return found->second;
 }
+const function& code(const std::string& name) { return code(object(), name); }
 
 bool is_jump(const instruction& i) { return i.mnemonic[0] == 'j'; }
 bool is_conditional(const instruction& i) { return is_jump(i) && i.mnemonic != "jmp"; }
@@ -103,8 +159,8 @@ bool stores_to_stack(const instruction& i) {
 }
 
 /// What runs when no conditional branch is taken, padding left out.
-function straight_path(const std::string& name) {
-  const function& f = code(name);
+function straight_path(const program& all, const std::string& name) {
+  const function& f = code(all, name);
   function path;
   std::size_t at = 0;
   while (at < f.size() && path.size() < 1000) {
@@ -144,15 +200,28 @@ std::vector<std::string> listing(const function& f) {
 struct added {
   long branches, loads, stack_stores, instructions, calls, locked;
 };
-added difference(const std::string& with, const std::string& bare) {
-  const function a = straight_path(with);
-  const function b = straight_path(bare);
+added difference(const program& all, const std::string& with, const std::string& bare) {
+  const function a = straight_path(all, with);
+  const function b = straight_path(all, bare);
   return {count(a, is_conditional) - count(b, is_conditional),
           count(a, loads) - count(b, loads),
           count(a, stores_to_stack) - count(b, stores_to_stack),
           static_cast<long>(a.size()) - static_cast<long>(b.size()),
           count(a, is_call),
           count(a, is_locked)};
+}
+
+added difference(const std::string& with, const std::string& bare) { return difference(object(), with, bare); }
+
+/// The place of a static key that is off: test $imm32, %eax, which nothing reads; five bytes.
+std::vector<std::size_t> nops(const function& f) {
+  std::vector<std::size_t> all;
+  for (std::size_t i = 0; i + 1 < f.size(); ++i) {
+    const bool is_test = f[i].mnemonic == "test" && f[i].operands.rfind("$0x", 0) == 0 &&
+                         f[i].operands.find(",%eax") != std::string::npos;
+    if (is_test && f[i + 1].address - f[i].address == 5) all.push_back(i);
+  }
+  return all;
 }
 
 }  // namespace
@@ -216,8 +285,71 @@ TEST_CASE("D1: the armed half lies out of line, in a cold section") {
   CHECK(armed >= 4);
 }
 
+TEST_CASE("D4: while no space of the process is armed, the closure form is one instruction of five bytes") {
+  const live_subject subject;
+  if (!subject.symbol<bool()>("patched")()) {
+    MESSAGE("this system lets no code be changed");
+    return;
+  }
+  const program all = subject.code();
+  for (const std::string body : {"store", "table"}) {
+    const std::string name = body + "_keyed_closure";
+    CAPTURE(name);
+    REQUIRE(nops(code(all, name)).size() == 1);
+    const added a = difference(all, name, body + "_bare");
+    CHECK(a.loads == 0);
+    CHECK(a.branches == 0);
+    CHECK(a.stack_stores == 0);
+    CHECK(a.calls == 0);
+    CHECK(a.locked == 0);
+    // The instruction itself; and where the end of the range has to be computed, clang does that before it.
+    CHECK(a.instructions >= 1);
+    CHECK(a.instructions <= (body == "table" ? 1 : 2));
+    MESSAGE(name << ": " << a.instructions << " instructions more");
+  }
+}
+
+TEST_CASE("D4: while no space of the process is armed, the scope form loads nothing, and the young form neither") {
+  const live_subject subject;
+  if (!subject.symbol<bool()>("patched")()) return;
+  const program all = subject.code();
+  for (const std::string name : {"store_keyed", "store_keyed_plain", "young_keyed"}) {
+    CAPTURE(name);
+    CHECK(nops(code(all, name)).size() == 1);
+    const added a = difference(all, name, name.substr(0, 5) + "_bare");
+    CHECK(a.loads == 0);
+    CHECK(a.branches == 0);
+    CHECK(a.stack_stores <= 1);
+    CHECK(a.calls == 0);
+    CHECK(a.locked == 0);
+    MESSAGE(name << ": " << a.instructions << " instructions more, " << a.stack_stores << " stores to the stack");
+  }
+}
+
+TEST_CASE("D4: in the file, and while a space is armed, the instruction is a jump to the load") {
+  const std::array<std::string, 4> names{"store_keyed", "store_keyed_closure", "table_keyed_closure", "young_keyed"};
+  for (const auto& name : names) CHECK_MESSAGE(nops(code(name)).empty(), name);
+  const live_subject subject;
+  if (!subject.symbol<bool()>("patched")()) return;
+  const program off = subject.code();
+  REQUIRE(subject.symbol<bool()>("arm")());
+  const program on = subject.code();
+  subject.symbol<void()>("disarm")();
+  const program off_again = subject.code();
+  for (const auto& name : names) {
+    CAPTURE(name);
+    const auto at = nops(code(off, name));
+    REQUIRE(at.size() == 1);
+    const instruction& jump = code(on, name)[at[0]];
+    CHECK(jump.mnemonic == "jmp");
+    CHECK(jump.address == code(off, name)[at[0]].address);
+    CHECK(code(on, name).size() == code(off, name).size());
+    CHECK(listing(code(off_again, name)) == listing(code(off, name)));
+  }
+}
+
 TEST_CASE("tracked, disarmed, is two stores more to the thread's own line, no call, no fence") {
-  const function path = straight_path("store_tracked");
+  const function path = straight_path(object(), "store_tracked");
   CHECK(count(path, is_call) == 0);
   CHECK(count(path, is_locked) == 0);
 }

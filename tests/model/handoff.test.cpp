@@ -4,8 +4,6 @@
 // with the object that it found; main unlinks two objects, one after the other.
 // Notices: no_handoff_recheck, no_handoff_scan.
 
-#include "model.hpp"
-//
 #include "platform.hpp"
 
 #include <mmunotify/sync/srcu_domain.hpp>
@@ -14,7 +12,6 @@ struct handoff {
   using domain = mmunotify::basic_srcu_domain<model::platform<2>>;
 
   static constexpr int threads = 2;
-  static constexpr int rounds = 50'000;
 
   void prepare() { model::attach_all(domain_, threads); }
 
@@ -34,7 +31,6 @@ struct handoff {
         return;
       default:
         model::wait_until([this] { return handed_over_.load(std::memory_order_acquire); });
-        model::pause();
         if (found_ != nullptr) model::check(found_->alive(), "S6: an object that a section reaches is alive");
         domain_.up_read(token_);
     }

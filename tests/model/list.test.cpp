@@ -1,18 +1,16 @@
 // SPDX-License-Identifier: MIT
 
 // lockfree_hlist: a node that was removed and inserted again stays, whatever another remover was about to do (rule H1);
-// and whoever walks reaches no node that is free. Two threads remove; the first inserts its node again. With
-// -DMODEL_WALKERS=1 another walks meanwhile.
-// Notices: sweep_outside_section, and with a walker reuse_before_grace_period.
+// and whoever walks reaches no node that is free. Two threads remove, the first inserts its node again, a third walks.
+// -DMODEL_REMOVERS=3 -DMODEL_WALKERS=0: others.
+// Notices: sweep_outside_section, reuse_before_grace_period.
 
-#include "model.hpp"
-//
 #include "platform.hpp"
 
 #include <mmunotify/sync/lockfree_hlist.hpp>
 
 #ifndef MODEL_WALKERS
-#define MODEL_WALKERS 0
+#define MODEL_WALKERS 1
 #endif
 #ifndef MODEL_REMOVERS
 #define MODEL_REMOVERS 2
@@ -20,7 +18,6 @@
 
 struct list {
   static constexpr int threads = MODEL_REMOVERS - 1 + MODEL_WALKERS;
-  static constexpr int rounds = 50'000;
 
   using domain = mmunotify::basic_srcu_domain<model::platform<threads>>;
   struct node : mmunotify::hlist_node {
@@ -36,7 +33,6 @@ struct list {
     if (i < MODEL_REMOVERS) return remove(i);
     const mmunotify::basic_read_section<domain> section(domain_);
     for (const node& n : list_) {
-      model::pause();
       model::check(n.payload.alive(), "S1: a node that a walk reaches is alive");
     }
   }

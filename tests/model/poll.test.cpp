@@ -4,8 +4,6 @@
 // main unlinks an object, takes a cookie, and destroys the object if poll says so.
 // Notices: early_cookie.
 
-#include "model.hpp"
-//
 #include "platform.hpp"
 
 #include <mmunotify/sync/srcu_domain.hpp>
@@ -14,7 +12,6 @@ struct poll {
   using domain = mmunotify::basic_srcu_domain<model::platform<1>>;
 
   static constexpr int threads = 1;
-  static constexpr int rounds = 100'000;
 
   void prepare() { model::attach_all(domain_, threads); }
 
@@ -29,7 +26,6 @@ struct poll {
     }
     const auto token = domain_.read_lock();
     const model::object* const o = shared_.load(std::memory_order_acquire);
-    model::pause();
     if (o != nullptr) model::check(o->alive(), "S3: an object that a section reaches is alive");
     domain_.read_unlock(token);
   }

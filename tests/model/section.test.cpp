@@ -5,9 +5,8 @@
 // Notices: no_heavy_fence, light_for_heavy, no_light_after_lock, unlock_relaxed, lock_relaxed, sequence_relaxed,
 // scan_relaxed.
 // -DMODEL_READERS=2: two threads with sections. -DMODEL_GRACE_PERIODS=2: unlinks two objects, one after the other.
+// -DMODEL_ATTACHED=0: the threads' first sections attach them.
 
-#include "model.hpp"
-//
 #include "platform.hpp"
 
 #include <mmunotify/sync/srcu_domain.hpp>
@@ -18,6 +17,9 @@
 #ifndef MODEL_SECTIONS
 #define MODEL_SECTIONS 2
 #endif
+#ifndef MODEL_ATTACHED
+#define MODEL_ATTACHED 1
+#endif
 #ifndef MODEL_GRACE_PERIODS
 #define MODEL_GRACE_PERIODS 1
 #endif
@@ -26,9 +28,8 @@ struct section {
   using domain = mmunotify::basic_srcu_domain<model::platform<MODEL_READERS>>;
 
   static constexpr int threads = MODEL_READERS;
-  static constexpr int rounds = 100'000;
 
-  void prepare() { model::attach_all(domain_, threads); }
+  void prepare() { model::attach_all(domain_, MODEL_ATTACHED != 0 ? threads : 0); }
 
   void thread(int i) {
     if (i == 0) {
@@ -42,7 +43,6 @@ struct section {
     for (int n = 0; n < MODEL_SECTIONS; ++n) {
       const auto token = domain_.read_lock();
       const model::object* const o = shared_.load(std::memory_order_acquire);
-      model::pause();
       if (o != nullptr) model::check(o->alive(), "S1: an object that a section reaches is alive");
       domain_.read_unlock(token);
     }

@@ -4,8 +4,6 @@
 // thread 2 waits for another domain and so makes a fence; main unlinks an object and waits for the first one.
 // Notices: stale_fence_ticket.
 
-#include "model.hpp"
-//
 #include "platform.hpp"
 
 #include <mmunotify/sync/srcu_domain.hpp>
@@ -14,7 +12,6 @@ struct shared_fence {
   using domain = mmunotify::basic_srcu_domain<model::platform<2>>;
 
   static constexpr int threads = 2;
-  static constexpr int rounds = 50'000;
 
   void prepare() { model::attach_all(domain_, threads); }
 
@@ -27,12 +24,10 @@ struct shared_fence {
       case 1: {
         const auto token = domain_.read_lock();
         const model::object* const o = shared_.load(std::memory_order_acquire);
-        model::pause();
         if (o != nullptr) model::check(o->alive(), "S1: an object that a section reaches is alive");
         return domain_.read_unlock(token);
       }
-      default:
-        other_.synchronize();
+      default: other_.synchronize();
     }
   }
 

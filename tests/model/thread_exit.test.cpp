@@ -2,10 +2,8 @@
 
 // S8: a thread may exit while a grace period of a static domain looks at its word: the word, which is a variable of the
 // thread's own, stays until then. The thread has a section and exits; main waits for a grace period.
-// Notices: exit_unpinned. As an ordinary test it only runs what the system does at the end of a thread.
+// Notices: exit_unpinned.
 
-#include "model.hpp"
-//
 #include "platform.hpp"
 
 #include <mmunotify/sync/static_srcu_domain.hpp>
@@ -15,9 +13,13 @@ struct thread_exit {
   using domain = mmunotify::static_srcu_domain<thread_exit, platform>;
 
   static constexpr int threads = 1;
-  static constexpr int rounds = 20'000;
 
-  void prepare() { model::attach_all(domain_, threads); }
+  void prepare() {
+    model::pretend(1);
+    new (&own()) mmunotify::detail::static_slot;
+    model::pretend(-1);
+    model::attach_all(domain_, threads);
+  }
 
   void thread(int i) {
     if (i == 0) {
@@ -27,19 +29,17 @@ struct thread_exit {
     }
     const auto token = domain_.read_lock();
     const model::object* const o = shared_.load(std::memory_order_acquire);
-    model::pause();
     if (o != nullptr) model::check(o->alive(), "S1: an object that a section reaches is alive");
     domain_.read_unlock(token);
-#if MODEL_CHECKER
     platform::exit_thread();
-    platform::own<domain, mmunotify::detail::static_slot>().word.~atomic();
-    reinterpret_cast<std::uint64_t&>(platform::own<domain, mmunotify::detail::static_slot>().word) = 1;
-#endif
+    model::bury(own().word);
   }
 
   void finish() {}
 
  private:
+  static mmunotify::detail::static_slot& own() { return platform::own<domain, mmunotify::detail::static_slot>(); }
+
   domain domain_;
   model::object object_;
   std::atomic<model::object*> shared_{&object_};

@@ -6,8 +6,6 @@
 // Notices: no_leaver_fence, no_sleeper_fence. Both need a checker: on x86 the mark is a locked instruction, and the
 // compilers do not use their freedom.
 
-#include "model.hpp"
-//
 #include "platform.hpp"
 
 #include <mmunotify/sync/srcu_domain.hpp>
@@ -21,14 +19,12 @@ struct wakeup {
 
   static constexpr int threads = MODEL_LEAVERS;
   static constexpr int joined = MODEL_LEAVERS - 1;
-  static constexpr int rounds = 50'000;
 
   void prepare() { model::attach_all(domain_, threads); }
 
   void thread(int i) {
     if (i == threads) return domain_.synchronize();
     const auto token = domain_.read_lock();
-    model::pause();
     domain_.read_unlock(token);
   }
 

@@ -20,7 +20,7 @@
 using namespace mmunotify;
 using log_type = std::vector<std::string>;
 
-#define EVERY_PRIMARY under_primary, tracked_primary
+#define EVERY_PRIMARY under_primary, keyed_primary, tracked_primary
 
 TEST_CASE_TEMPLATE("P1: every end seen had a start seen, also around registrations in the middle", P, EVERY_PRIMARY) {
   P primary;

@@ -7,11 +7,12 @@
 #include <shared_mutex>
 
 #include <mmunotify/notifier/address_space.hpp>
+#include <mmunotify/notifier/keyed.hpp>
 
 /// A primary MMU reduced to its lock and its address space.
-struct under_primary {
-  using space_type =
-      mmunotify::address_space<mmunotify::arming::under<std::shared_mutex>, mmunotify::observe::counters>;
+template <class Arming>
+struct locking_primary {
+  using space_type = mmunotify::address_space<Arming, mmunotify::observe::counters>;
   using reading = std::shared_lock<std::shared_mutex>;
 
   std::shared_mutex tables;
@@ -25,6 +26,9 @@ struct under_primary {
     return space.register_subscriber(node, held);
   }
 };
+
+using under_primary = locking_primary<mmunotify::arming::under<std::shared_mutex>>;
+using keyed_primary = locking_primary<mmunotify::arming::keyed<std::shared_mutex>>;
 
 struct tracked_primary {
   using space_type = mmunotify::address_space<mmunotify::arming::tracked, mmunotify::observe::counters>;

@@ -376,3 +376,130 @@ TEST_CASE("an event loop that drains when asked loses nothing against readers an
   for (auto& d : drainers) d.join();
   CHECK(ran.load() == rounds);
 }
+
+TEST_CASE("S4: barriers of many callers, each for its own callback") {
+  srcu_domain domain;
+  constexpr int rounds = 2000;
+  std::atomic<int> missing{0};
+  std::atomic<int> negative{0};
+  std::vector<std::thread> callers;
+  for (int t = 0; t < 3; ++t) {
+    callers.emplace_back([&] {
+      for (int i = 0; i < rounds; ++i) {
+        std::atomic<int> ran{0};
+        counting c;
+        c.count = &ran;
+        if (domain.call(c, &counting::run) != errc::ok) missing.fetch_add(1);
+        if (domain.backlog() > 1000) negative.fetch_add(1);
+        domain.barrier();
+        if (ran.load(std::memory_order_relaxed) != 1) missing.fetch_add(1);
+      }
+    });
+  }
+  for (auto& c : callers) c.join();
+  CHECK(missing.load() == 0);
+  CHECK(negative.load() == 0);
+}
+
+TEST_CASE("S4: where no thread can be had, barriers stand in for the worker, several at once") {
+  using domain_type = basic_srcu_domain<no_threads>;
+  domain_type domain;
+  std::atomic<int> missing{0};
+  std::vector<std::thread> callers;
+  for (int t = 0; t < 3; ++t) {
+    callers.emplace_back([&] {
+      for (int i = 0; i < 200; ++i) {
+        std::atomic<int> ran{0};
+        counting c;
+        c.count = &ran;
+        if (domain.call(c, &counting::run) != errc::ok) missing.fetch_add(1);
+        domain.barrier();
+        if (ran.load(std::memory_order_relaxed) != 1) missing.fetch_add(1);
+      }
+    });
+  }
+  for (auto& c : callers) c.join();
+  CHECK(missing.load() == 0);
+}
+
+TEST_CASE("an executor is asked again after a drain that found another one at work") {
+  loop events;
+  srcu_domain domain(events.options());
+  std::atomic<int> ran{0};
+  counting c;
+  c.count = &ran;
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> readers;  // two, so that a section ends while another one holds the callback back
+  for (int t = 0; t < 2; ++t) {
+    readers.emplace_back([&] {
+      while (!stop.load(std::memory_order_relaxed)) {
+        const read_section s(domain);
+        std::this_thread::yield();
+      }
+    });
+  }
+  std::vector<std::thread> drainers;
+  for (int t = 0; t < 2; ++t) {
+    drainers.emplace_back([&] {
+      while (!stop.load(std::memory_order_relaxed)) {
+        if (events.asked.exchange(0, std::memory_order_acq_rel) != 0) domain.drain();  // never unasked
+        std::this_thread::yield();
+      }
+    });
+  }
+  for (int i = 1; i <= 1000; ++i) {
+    CHECK(domain.call(c, &counting::run) == errc::ok);
+    while (domain.backlog() != 0) std::this_thread::yield();
+    CHECK(ran.load() == i);
+  }
+  stop.store(true);
+  for (auto& r : readers) r.join();
+  for (auto& d : drainers) d.join();
+}
+
+TEST_CASE("a barrier beside a drainer that is held up in a callback makes no storm of heavy fences") {
+  using platform = counted_fences<struct storm>;
+  loop events;
+  basic_srcu_domain<platform> domain(events.options());
+  struct held_up : srcu_head {
+    std::atomic<bool> begun{false};
+    std::atomic<bool> go_on{false};
+  };
+  held_up h;
+  CHECK(domain.call(h, [](srcu_head* p) noexcept {
+    auto* const self = static_cast<held_up*>(p);
+    self->begun.store(true, std::memory_order_release);
+    wait_for(self->go_on);
+  }) == errc::ok);
+  std::thread drainer([&] { domain.drain(); });
+  wait_for(h.begun);
+  std::atomic<bool> done{false};
+  std::thread waiter([&] {
+    domain.barrier();
+    done.store(true, std::memory_order_release);
+  });
+  for (int i = 0; i < 20; ++i) let_others_run();
+  CHECK_FALSE(done.load());
+  CHECK(platform::fences.load() < 20);
+  h.go_on.store(true, std::memory_order_release);
+  waiter.join();
+  drainer.join();
+}
+
+TEST_CASE("a domain with a backlog may be destroyed in another domain's callback") {
+  struct owner : srcu_head {
+    srcu_domain inner;
+    counting c;
+  };
+  std::atomic<int> ran{0};
+  srcu_domain outer;
+  auto* const o = new owner;
+  o->c.count = &ran;
+  CHECK(outer.call(*o, [](srcu_head* h) noexcept {
+    auto* const self = static_cast<owner*>(h);
+    if (self->inner.call(self->c, &counting::run) != errc::ok) self->c.count->store(-100);
+    delete self;
+  }) == errc::ok);
+  outer.barrier();
+  CHECK(ran.load() == 1);
+}

@@ -298,3 +298,38 @@ TEST_CASE_TEMPLATE("L9: a node that is inserted again by its own removal's callb
   CHECK(failures.load() == 0);
   CHECK(list.empty());
 }
+
+TEST_CASE("L6: a removal object that is in use is refused, and the node stays") {
+  const contract_recorder recorder;
+  srcu_domain domain;
+  lockfree_hlist<removable> list(domain);
+  std::array<removable, 2> e;
+  for (auto& x : e) REQUIRE(list.push_front(x) == errc::ok);
+  {
+    const read_section s(domain);
+    CHECK(list.remove_async(e[0], e[0].removal) == errc::ok);
+    CHECK(list.remove_async(e[1], e[0].removal) == errc::already_registered);
+  }
+  domain.barrier();
+  CHECK(recorder.rules() == std::vector<std::string>{"L6"});
+  CHECK_FALSE(e[0].linked());
+  CHECK(list.remove(e[1]) == errc::ok);
+}
+
+TEST_CASE("a list in a domain without a slot removes nothing, and says so") {
+  basic_srcu_domain<one_slot> only;
+  basic_srcu_domain<one_slot> none;
+  REQUIRE(none.status() == errc::no_slot);
+  removable e;
+  {
+    lockfree_hlist<removable, basic_srcu_domain<one_slot>> list(none);
+    REQUIRE(list.push_front(e) == errc::ok);
+    CHECK(list.remove(e) == errc::no_slot);
+    CHECK(list.remove_async(e, e.removal) == errc::no_slot);
+    CHECK(e.linked());
+    // What the user would do: there are no readers, and no grace periods.
+    CHECK(list.mark(e));
+    list.sweep(basic_read_section(none));
+    list.retire(e);
+  }
+}

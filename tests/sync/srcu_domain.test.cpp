@@ -7,6 +7,8 @@
 #include <atomic>
 #include <cerrno>
 #include <cstdint>
+#include <fstream>
+#include <iostream>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -15,6 +17,7 @@
 #include <thread>
 #include <vector>
 
+#include <pthread.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -683,4 +686,82 @@ TEST_CASE_TEMPLATE("S8: the forking thread's own section goes on in the child", 
     return !domain.poll(cookie);
   }));
   CHECK(domain.held_by_this_thread());
+}
+
+TEST_CASE_TEMPLATE("S8: in the child, hand-off sections have ended, and their tokens do nothing", Domain,
+                   MMUNOTIFY_ALL_DOMAINS) {
+  Domain domain;
+  const auto token = domain.down_read();
+  CHECK(in_child([&] {
+    domain.synchronize();
+    const auto own = domain.down_read();
+    domain.up_read(token);
+    const bool waits = !domain.poll(domain.start_poll());
+    domain.up_read(own);
+    domain.synchronize();
+    return waits;
+  }));
+  CHECK_FALSE(domain.poll(domain.start_poll()));
+  domain.up_read(token);
+  domain.synchronize();
+}
+
+TEST_CASE_TEMPLATE("S8: the forking thread may exit in the child, as may a thread that the child makes", Domain,
+                   MMUNOTIFY_ALL_DOMAINS) {
+  Domain domain;
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> drivers;  // look at the words of all threads, nearly always
+  for (int t = 0; t < 2; ++t) {
+    drivers.emplace_back([&] {
+      while (!stop.load(std::memory_order_relaxed)) {
+        const basic_read_section s(domain);
+        static_cast<void>(domain.poll(domain.start_poll()));
+      }
+    });
+  }
+  for (int i = 0; i < 10; ++i) {
+    std::thread forker([&] {
+      { const basic_read_section s(domain); }
+      std::cout.flush();  // or the child would print it again
+      const pid_t child = MMUNOTIFY_TSAN ? -1 : ::fork();
+      if (child == 0) {
+        std::thread([&] { const basic_read_section s(domain); }).join();
+        domain.synchronize();
+        ::pthread_exit(nullptr);  // the last thread: the process ends with status 0
+      }
+      int status = 0;
+      while (child > 0 && ::waitpid(child, &status, 0) < 0 && errno == EINTR) {
+      }
+      CHECK(status == 0);
+    });
+    forker.join();
+  }
+  stop.store(true);
+  for (auto& d : drivers) d.join();
+}
+
+TEST_CASE("S8: a child does not pay for the slabs of threads that it does not have") {
+  const auto resident_pages = [] {
+    std::ifstream statm("/proc/self/statm");
+    long size = 0;
+    long resident = 0;
+    statm >> size >> resident;
+    return resident;
+  };
+  srcu_domain domain;
+  std::atomic<int> inside{0};
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 40; ++t) {
+    threads.emplace_back([&] {
+      { const read_section s(domain); }
+      inside.fetch_add(1);
+      wait_for(stop);
+    });
+  }
+  while (inside.load() < 40) std::this_thread::yield();
+  const long before = resident_pages();
+  CHECK(in_child([&] { return resident_pages() < before + 40 * 16; }));  // a slab has 320 pages and more
+  stop.store(true, std::memory_order_release);
+  for (auto& t : threads) t.join();
 }

@@ -5,10 +5,16 @@
 
 #include <array>
 #include <atomic>
+#include <climits>
+#include <cstdint>
+#include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <type_traits>
 #include <vector>
+
+#include <pthread.h>
 
 #include "support/contract_recorder.hpp"
 #include "support/domains.hpp"
@@ -131,4 +137,61 @@ TEST_CASE("exhausted memory and exhausted slots are error values") {
   }
   none::synchronize();
   CHECK(recorder.rules() == std::vector<std::string>{"S1"});
+}
+
+TEST_CASE("S1: a static domain that had no slot waits for everybody once it has one") {
+  struct platform : one_slot {};
+  using late = static_srcu_domain<struct latecomer, platform>;
+  std::optional<basic_srcu_domain<platform>> only(std::in_place);
+  CHECK(late::status() == errc::no_slot);
+  std::atomic<int> phase{0};
+  std::thread reader([&] {
+    late d;
+    { const std::scoped_lock s(d); }  // harmless
+    { const basic_read_section s(d); }
+    phase.store(1);
+    while (phase.load() < 2) std::this_thread::yield();
+    const std::scoped_lock s(d);
+    phase.store(3);
+    while (phase.load() < 4) std::this_thread::yield();
+  });
+  while (phase.load() < 1) std::this_thread::yield();
+  only.reset();
+  CHECK(late::status() == errc::ok);
+  phase.store(2);
+  while (phase.load() < 3) std::this_thread::yield();
+  CHECK_FALSE(late::poll(late::start_poll()));
+  phase.store(4);
+  late::synchronize();
+  reader.join();
+}
+
+TEST_CASE_TEMPLATE("S8: sections that begin after the thread's exit handler has run protect, and leave nothing behind",
+                   Platform, linux_platform, no_membarrier) {
+  using domain = static_srcu_domain<struct afterlife, Platform>;
+  static pthread_key_t key;
+  static std::atomic<int> protects;
+  protects = 0;
+  REQUIRE(::pthread_key_create(&key, [](void* round) {
+            domain d;
+            {
+              const basic_read_section outer(d);
+              const basic_read_section inner(d);
+              const std::scoped_lock unordered(d);
+              if (domain::held_by_this_thread() && !domain::poll(domain::start_poll())) protects.fetch_add(1);
+            }
+            if (domain::held_by_this_thread()) protects.store(-100);
+            const auto n = reinterpret_cast<std::uintptr_t>(round);
+            if (n < PTHREAD_DESTRUCTOR_ITERATIONS) ::pthread_setspecific(key, reinterpret_cast<void*>(n + 1));
+          }) == 0);
+  for (int i = 0; i < 5; ++i) {
+    std::thread([] {
+      domain d;
+      const basic_read_section s(d);
+      ::pthread_setspecific(key, reinterpret_cast<void*>(std::uintptr_t{1}));
+    }).join();
+    domain::synchronize();  // would look at words of a thread that is gone
+  }
+  ::pthread_key_delete(key);
+  CHECK(protects.load() == 5 * PTHREAD_DESTRUCTOR_ITERATIONS);
 }

@@ -25,6 +25,7 @@ enum class [[nodiscard]] errc : std::uint8_t {
   access_denied,       ///< the mapping exists and forbids the access
   overlap,             ///< the range overlaps one that exists
   again,               ///< a collision: nothing was done, try again
+  refused_by_system,   ///< the system no longer lets the process do what it granted before; nothing was changed
 };
 
 /// One sentence for a person.
@@ -45,6 +46,7 @@ constexpr const char* to_string(errc e) noexcept {
     case errc::access_denied: return "the mapping forbids the access";
     case errc::overlap: return "the range overlaps an existing one";
     case errc::again: return "the operation collided with another one; try again";
+    case errc::refused_by_system: return "the system refuses what it granted to this process before";
   }
   return "unknown error";
 }

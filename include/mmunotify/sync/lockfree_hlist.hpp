@@ -100,15 +100,8 @@ class lockfree_hlist {
   /// Effects: marks the node as deleted; readers skip it from now on. Returns: true for the one caller who did it, and
   /// who now owes sweep(), a grace period and retire(). Progress: lock-free.
   [[nodiscard]] bool mark(Node& node) noexcept {
-    hlist_node& n = node;
-    auto live = hlist_node::state::live;
-    // (h8) acquire pairs with (h7).
-    if (!n.state_.compare_exchange_strong(live, hlist_node::state::dying, std::memory_order_acquire,
-                                          std::memory_order_relaxed)) {
-      return false;
-    }
-    // (h5) release pairs with (h4): what was done before the deletion is visible to whoever sees the mark.
-    n.next_.fetch_or(deleted, std::memory_order_release);
+    if (!claim(node)) return false;
+    mark_claimed(node);
     return true;
   }
 
@@ -126,8 +119,9 @@ class lockfree_hlist {
   }
 
   /// Effects: the whole removal: mark, sweep, grace period, retire. Errors: not_registered (or another thread removes
-  /// it); would_deadlock inside a section of the domain (L7), nothing done. Progress: blocking.
+  /// it); no_slot; would_deadlock inside a section of the domain (L7), nothing done. Progress: blocking.
   errc remove(Node& node) noexcept {
+    if (const errc e = domain_.status(); e != errc::ok) return e;
     if (domain_.held_by_this_thread()) return errc::would_deadlock;
     if (!mark(node)) return errc::not_registered;
     unlink();
@@ -137,12 +131,18 @@ class lockfree_hlist {
   }
 
   /// Effects: the same, without waiting: done(node) is called as a callback of the domain when the node is free again;
-  /// it may insert it anew, or destroy it and `r`. Null: nobody is told. Preconditions: `r` is not in use; node and `r`
-  /// stay until then. Errors: not_registered (or another thread removes it); no_slot. Progress: lock-free.
-  /// Context: anywhere, also inside sections, walks and callbacks (L7).
+  /// it may insert it anew, or destroy it and `r`. Null: nobody is told. Preconditions: `r` is not in use (L6,
+  /// checked); node and `r` stay until then. Errors: not_registered (or another thread removes it); no_slot. Progress:
+  /// lock-free. Context: anywhere, also inside sections, walks and callbacks (L7).
   errc remove_async(Node& node, hlist_removal<Node>& r, void (*done)(Node&) noexcept = nullptr) noexcept {
     if (const errc e = domain_.status(); e != errc::ok) return e;
-    if (!mark(node)) return errc::not_registered;
+    if (!claim(node)) return errc::not_registered;
+    if (r.function != nullptr) [[unlikely]] {  // only the owner of the removal may look
+      unclaim(node);
+      detail::violated("L6", "lockfree_hlist::remove_async", "the removal object is in use");
+      return errc::already_registered;
+    }
+    mark_claimed(node);
     unlink();
     r.node = &node;
     r.done = done;
@@ -194,6 +194,21 @@ class lockfree_hlist {
 
   static std::uintptr_t address(hlist_node& n) noexcept { return reinterpret_cast<std::uintptr_t>(&n); }
   static hlist_node* node_at(std::uintptr_t link) noexcept { return reinterpret_cast<hlist_node*>(link); }
+
+  /// Returns: true for the one caller who may mark the node, or take that back.
+  static bool claim(hlist_node& n) noexcept {
+    auto live = hlist_node::state::live;
+    // (h8) acquire pairs with (h7).
+    return n.state_.compare_exchange_strong(live, hlist_node::state::dying, std::memory_order_acquire,
+                                            std::memory_order_relaxed);
+  }
+  static void unclaim(hlist_node& n) noexcept {
+    n.state_.store(hlist_node::state::live, std::memory_order_release);  // (h7) pairs with (h8)
+  }
+  static void mark_claimed(hlist_node& n) noexcept {
+    // (h5) release pairs with (h4): what was done before the deletion is visible to whoever sees the mark.
+    n.next_.fetch_or(deleted, std::memory_order_release);
+  }
 
   /// Rule H1.
   void unlink() noexcept {

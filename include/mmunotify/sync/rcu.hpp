@@ -19,7 +19,8 @@
 
 MMUNOTIFY_BEGIN_NAMESPACE
 
-/// The domain of whoever does not want one of their own. Never destroyed.
+/// The domain of whoever does not want one of their own. Never destroyed. Each copy of the library (shared objects with
+/// hidden visibility) has its own.
 inline srcu_domain& rcu_default_domain() noexcept {
   alignas(srcu_domain) static std::byte memory[sizeof(srcu_domain)];
   static srcu_domain& domain = *new (memory) srcu_domain;
@@ -34,7 +35,7 @@ class rcu_obj_base : private srcu_head {
   /// (L6, checked). Returns, progress, context: those of srcu_domain::call.
   template <class Domain = srcu_domain>
   errc retire(D d = D(), Domain& domain = rcu_default_domain()) noexcept {
-    deleter_ = std::move(d);
+    if (this->function == nullptr) deleter_ = std::move(d);  // call() reports that it is queued
     return domain.call(*this, [](srcu_head* h) noexcept {
       auto* const self = static_cast<rcu_obj_base*>(h);
       D deleter = std::move(self->deleter_);

@@ -64,8 +64,8 @@ class basic_srcu_domain : public detail::domain_core<Platform> {
   using word = std::atomic<std::uint64_t>;
 
  public:
-  /// Takes one of the process's slots; status() says whether one was left. Context: any thread, not in the middle of a
-  /// fork.
+  /// Takes one of the process's slots; status() says whether one was left. Context: any thread. A domain must not lie
+  /// on the stack of one thread when another forks: the child uses that stack for something else.
   basic_srcu_domain() noexcept : basic_srcu_domain(srcu_options{}) {}
   explicit basic_srcu_domain(const srcu_options& o) noexcept : core(runtime::own(), false) {
     static_cast<void>(this->open(o));
@@ -92,11 +92,10 @@ class basic_srcu_domain : public detail::domain_core<Platform> {
   /// its very first section) the contract handler is called, and the process ends; attach_this_thread() asks first.
   /// Progress: wait-free. Context: anywhere, also in a signal handler of a thread that is attached.
   [[nodiscard, gnu::always_inline]] section_token read_lock() noexcept {
-    const auto view = runtime::view();
-    if (view.attached_to != this->runtime_) [[unlikely]] {
+    slot* const s = own_slot(runtime::slab());
+    if (s == nullptr) [[unlikely]]
       return read_lock_cold();
-    }
-    const section_token t = enter(slot_in(view.slab).word);
+    const section_token t = enter(s->word);
     if constexpr (!detail::mutated(detail::mutation::no_light_after_lock)) Platform::light();
     return t;
   }
@@ -115,19 +114,20 @@ class basic_srcu_domain : public detail::domain_core<Platform> {
   /// the other kind begin and end. Progress, errors, context: as read_lock.
   /// Returns: the thread's slab, for cells(); stable for the thread's life.
   [[gnu::always_inline]] std::byte* read_lock_unordered() noexcept {
-    const auto view = runtime::view();
-    if (view.attached_to != this->runtime_) [[unlikely]]
+    std::byte* const slab = runtime::slab();
+    slot* const s = own_slot(slab);
+    if (s == nullptr) [[unlikely]]
       return read_lock_unordered_cold();
-    enter_unordered(slot_in(view.slab));
+    enter_unordered(*s);
     if constexpr (!detail::mutated(detail::mutation::no_light_after_lock)) Platform::light();
-    return view.slab;
+    return slab;
   }
-  [[gnu::always_inline]] void read_unlock_unordered() noexcept { end_unordered(slot_in(own_slab())); }
+  [[gnu::always_inline]] void read_unlock_unordered() noexcept { end_unordered(this->slot_in(own_slab())); }
   /// The same, and gives a cell back that was taken in the section.
   [[gnu::always_inline]] void read_unlock_unordered(void* cell) noexcept {
     std::byte* const slab = own_slab();
     cells(slab).give_back(cell);
-    end_unordered(slot_in(slab));
+    end_unordered(this->slot_in(slab));
   }
 
   /// Memory of the calling thread's own for what a section has to remember. slab: what read_lock_unordered returned.
@@ -160,13 +160,17 @@ class basic_srcu_domain : public detail::domain_core<Platform> {
       s.count.store(s.count.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
   }
 
-  [[gnu::always_inline]] slot& slot_in(std::byte* slab) const noexcept { return record::slot_at(slab, this->offset_); }
+  /// Returns: the domain's slot in the calling thread's slab; null if that is for the cold path.
+  [[gnu::always_inline]] slot* own_slot(std::byte* slab) const noexcept {
+    const std::uintptr_t offset = this->place_ - runtime::own().key();
+    return offset < record::slots_size && slab != nullptr ? &record::slot_at(slab, offset) : nullptr;
+  }
 
   [[gnu::always_inline]] std::byte* own_slab() noexcept {
-    const auto view = runtime::view();
-    if (view.attached_to != this->runtime_) [[unlikely]]
+    std::byte* const slab = runtime::slab();
+    if (this->runtime_ != &runtime::own() || slab == nullptr) [[unlikely]]
       return attached().slab();
-    return view.slab;
+    return slab;
   }
 
   [[gnu::always_inline]] void end_unordered(slot& s) noexcept {
@@ -190,14 +194,14 @@ class basic_srcu_domain : public detail::domain_core<Platform> {
   }
 
   MMUNOTIFY_COLD section_token read_lock_cold() noexcept {
-    const section_token t = enter(slot_in(attached().slab()).word);
+    const section_token t = enter(this->slot_in(attached().slab()).word);
     this->reader_fence();
     return t;
   }
 
   MMUNOTIFY_COLD std::byte* read_lock_unordered_cold() noexcept {
     std::byte* const slab = attached().slab();
-    enter_unordered(slot_in(slab));
+    enter_unordered(this->slot_in(slab));
     this->reader_fence();
     return slab;
   }
@@ -207,14 +211,14 @@ class basic_srcu_domain : public detail::domain_core<Platform> {
 template <class Domain>
 class [[nodiscard]] basic_read_section {
  public:
-  explicit basic_read_section(Domain& d) noexcept : domain_(d), token_(d.read_lock()) {}
-  ~basic_read_section() { domain_.read_unlock(token_); }
+  [[gnu::always_inline]] explicit basic_read_section(Domain& d) noexcept : domain_(d), token_(d.read_lock()) {}
+  [[gnu::always_inline]] ~basic_read_section() { domain_.read_unlock(token_); }
   basic_read_section(const basic_read_section&) = delete;
   basic_read_section& operator=(const basic_read_section&) = delete;
 
  private:
   Domain& domain_;
-  typename Domain::section_token token_;
+  mutable typename Domain::section_token token_;  ///< gcc 12 keeps members of a const object in memory
 };
 
 using srcu_domain = basic_srcu_domain<linux_platform>;

@@ -5,7 +5,7 @@
 //
 //   struct page_cache;
 //   using pages = static_srcu_domain<page_cache>;
-//   { basic_read_section<pages> s; ... }      pages::synchronize();
+//   { pages d; basic_read_section s(d); ... }      pages::synchronize();
 //
 // A dynamic domain's section finds its word through the thread's slab; here the word is a thread_local variable of its
 // own, one for each tag, and nothing is looked up. Everything else is the same (srcu_domain.hpp), and so are the
@@ -22,7 +22,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
-#include <mutex>
 
 #include <mmunotify/base/result.hpp>
 #include <mmunotify/config.hpp>
@@ -39,44 +38,38 @@ class static_srcu_domain {
     constexpr instance() noexcept : core(detail::runtime<Platform>::own(), true) {}
 
     /// Takes a slot, once.
-    bool ready() noexcept {
-      // (t1) acquire pairs with (t2): the domain is complete.
-      if (ready_.load(std::memory_order_acquire)) [[likely]]
-        return true;
-      const std::lock_guard lock(mutex_);
-      if (ready_.load(std::memory_order_relaxed)) return true;
-      if (!this->open({})) return false;
-      ready_.store(true, std::memory_order_release);  // (t2)
-      return true;
-    }
+    bool ready() noexcept { return core::ready() || this->open({}); }
 
     /// Makes the variable the calling thread's word. Returns: false if memory is exhausted, or there was no slot.
     bool attach(detail::static_slot& s) noexcept {
-      if (!ready()) return false;
-      auto* const r = this->runtime_->attach();
+      auto* const r = ready() ? this->runtime_->attach() : nullptr;
       if (r == nullptr) return false;
-      auto& shared = r->at(this->slot_);
-      if (shared.word.load(std::memory_order_relaxed) != 0) return true;
-      const typename Platform::signal_guard guard;
+      const typename Platform::signal_guard guard;  // a handler may attach the thread, too
+      if (s.slot != 0) return true;
       s.slot = this->slot_;
       s.next = r->static_slots;
       r->static_slots = &s;
       // Without heavy fences the word keeps saying "unattached", and every entry is cold.
       if (this->runtime_->asymmetric()) s.word.store(0, std::memory_order_relaxed);
       // (p5) release pairs with (p2): the word is initialised.
-      shared.word.store(detail::static_slot::address_of(s.word), std::memory_order_release);
+      r->at(this->slot_).word.store(detail::static_slot::address_of(s.word), std::memory_order_release);
       return true;
     }
+
+    // What read_lock and read_unlock do after the thread's exit handler has run: see static_slot.
+    void enter_after_exit(detail::static_slot& s) noexcept {
+      if (s.handed_off++ == 0) s.bank = this->enter_bank();
+    }
+    void leave_after_exit(detail::static_slot& s) noexcept {
+      if (--s.handed_off == 0) this->leave_bank(s.bank);
+    }
+    static bool exiting() noexcept { return detail::runtime<Platform>::exiting(); }
 
     bool asymmetric() const noexcept { return this->runtime_->asymmetric(); }
 
     using core::after_leaving;
     using core::reader_fence;
     using core::sequence_;
-
-   private:
-    typename Platform::mutex mutex_;
-    std::atomic<bool> ready_{false};
   };
 
   using word = std::atomic<std::uint64_t>;
@@ -115,8 +108,8 @@ class static_srcu_domain {
   [[gnu::always_inline]] static void read_unlock(section_token t) noexcept {
     if (t.kind_ == section_token::kind::outermost) [[likely]] {
       leave(0);
-    } else if (!t.nested()) {
-      leave(detail::static_slot::unattached);
+    } else if (!t.nested()) [[unlikely]] {
+      leave_unattached();
     }
   }
 
@@ -135,15 +128,24 @@ class static_srcu_domain {
       --own().count;
       return;
     }
-    leave(domain_.asymmetric() ? 0 : detail::static_slot::unattached);
+    if (own().slot != 0 && domain_.asymmetric()) [[likely]] {
+      leave(0);
+    } else {
+      leave_unattached();
+    }
   }
 
-  static bool held_by_this_thread() noexcept { return detail::static_slot::is_inside(own().word); }
-  static errc attach_this_thread() noexcept { return domain_.attach(own()) ? errc::ok : errc::no_memory; }
+  [[nodiscard]] static bool held_by_this_thread() noexcept {
+    return detail::static_slot::is_inside(own().word) || own().handed_off != 0;
+  }
+  static errc attach_this_thread() noexcept {
+    if (const errc e = status(); e != errc::ok) return e;
+    return domain_.attach(own()) ? errc::ok : errc::no_memory;
+  }
 
   static void synchronize() noexcept { ready().synchronize(); }
   static void synchronize_expedited() noexcept { ready().synchronize_expedited(); }
-  static cookie start_poll() noexcept { return ready().start_poll(); }
+  [[nodiscard]] static cookie start_poll() noexcept { return ready().start_poll(); }
   static bool poll(cookie c) noexcept { return ready().poll(c); }
   [[nodiscard]] static handoff_token down_read() noexcept { return ready().down_read(); }
   static void up_read(handoff_token t) noexcept { domain_.up_read(t); }
@@ -167,6 +169,11 @@ class static_srcu_domain {
             detail::order(std::memory_order_release, detail::mutation::lock_relaxed));
   }
 
+  MMUNOTIFY_COLD static void leave_unattached() noexcept {
+    if (own().handed_off != 0) return domain_.leave_after_exit(own());
+    leave(detail::static_slot::unattached);
+  }
+
   [[gnu::always_inline]] static void leave(std::uint64_t outside) noexcept {
     // (d4) pairs with (d3)
     own().word.store(outside, detail::order(std::memory_order_release, detail::mutation::unlock_relaxed));
@@ -174,13 +181,18 @@ class static_srcu_domain {
   }
 
   MMUNOTIFY_COLD static section_token read_lock_cold() noexcept {
+    section_token t;
+    t.kind_ = section_token::kind::cold;
+    if (domain_.exiting() && domain_.ready()) {
+      domain_.enter_after_exit(own());
+      return t;
+    }
     if (!domain_.attach(own()) && domain_.status() == errc::ok) {
       detail::violated("S8", "static_srcu_domain", "out of memory for a thread's first read section");
       std::abort();
     }
     word& w = own().word;
-    section_token t;
-    t.kind_ = w.load(std::memory_order_relaxed) == 0 ? section_token::kind::outermost : section_token::kind::cold;
+    if (w.load(std::memory_order_relaxed) == 0) t.kind_ = section_token::kind::outermost;
     enter(w);
     domain_.reader_fence();
     return t;

@@ -6,6 +6,9 @@
 //   word_ = registry address | released     0: disarmed     1: disarmed and released
 //
 // The word changes only under the writers' mutex of the registry that it names, or by compare-exchange from 0.
+//
+// A switch stands before the word. It may be off only while the word is 0: it is put on before the word changes from 0,
+// and off after it is 0 again. arming::under has none, arming::keyed a static key.
 
 #include <atomic>
 #include <cstdint>
@@ -33,7 +36,14 @@ class open_brackets {
 #endif
 };
 
-template <address_key Key, observe::observer Observer>
+/// The switch that is on always.
+struct no_switch {
+  static constexpr bool maybe() noexcept { return true; }
+  static constexpr errc enable() noexcept { return errc::ok; }
+  static constexpr void disable() noexcept {}
+};
+
+template <address_key Key, observe::observer Observer, class Switch = no_switch>
 class under_gate {
   using pool = registry_pool<Key>;
   using entry = typename pool::entry;
@@ -55,7 +65,9 @@ class under_gate {
 
   // Arming is ordered by the primary's lock, disarming is not. (u5) acquire pairs with (u6): who finds nobody comes
   // after all that the last client did until its release hook was over, and may free what that client had mapped.
-  bool armed() const noexcept { return word_.load(std::memory_order_acquire) > released; }
+  [[gnu::always_inline]] bool armed() const noexcept {
+    return Switch::maybe() && word_.load(std::memory_order_acquire) > released;
+  }
 
   [[gnu::always_inline]] ticket start(basic_range<Key> r, event e, const void* owner) noexcept {
     open_.add(1);
@@ -175,6 +187,10 @@ class under_gate {
       delete r;  // nobody has seen it; the next one may find a slot
       return e;
     }
+    if (const errc e = Switch::enable(); e != errc::ok) {
+      pool::give_back(r);
+      return e;
+    }
     {
       const std::lock_guard lock(r->writers());
       r->gate = this;
@@ -187,12 +203,16 @@ class under_gate {
         return errc::ok;
       }
     }
+    Switch::disable();
     pool::give_back(r);
     return errc::again;
   }
 
   /// Under the writers' mutex, when the last subscriber has been unlinked.
-  void disarm() noexcept { word_.fetch_and(released, std::memory_order_release); }  // (u6) pairs with (u5)
+  void disarm() noexcept {
+    word_.fetch_and(released, std::memory_order_release);  // (u6) pairs with (u5)
+    Switch::disable();                                     // who finds the switch off comes after this, as with (u5)
+  }
 
   struct entered {
     entry* audience = nullptr;

@@ -12,7 +12,7 @@
 // Callbacks are counted before they are pushed, and again when they have run, in the same order. So a barrier reads the
 // first count and waits for the second to reach it: whatever was pushed before has a place in the order that is not
 // above the count. It puts nothing of its own into the queue, least of all something on a stack that a forked child
-// does not have any more. The second count is the last that a runner touches of a domain, in one step with the look
+// does not have any more. The second count is the last that the worker touches of a domain, in one step with the look
 // whether somebody waits: who sees it may destroy the domain.
 
 #include <atomic>
@@ -22,23 +22,10 @@
 
 #include <mmunotify/base/result.hpp>
 #include <mmunotify/config.hpp>
+#include <mmunotify/sync/detail/callback.hpp>
 #include <mmunotify/sync/detail/grace_period_driver.hpp>
 
 MMUNOTIFY_BEGIN_NAMESPACE
-
-/// How a domain is made.
-struct srcu_options {
-  /// The domain's words have a cache line of their own in every thread: for one that is polled or synchronized in a
-  /// loop, beside others whose sections must not notice. Costs 64 bytes per thread instead of 16.
-  bool isolated = false;
-  /// call() answers errc::again while this many callbacks are queued. 0: no bound.
-  std::size_t max_backlog = 0;
-  /// Who runs the callbacks. Null: the process's worker thread. Otherwise it is asked to see to it that drain() is
-  /// called soon, by anybody and outside the domain's sections. It is called in call() and at the end of sections, from
-  /// any thread: it must not block, drain, or make and destroy domains.
-  void (*schedule)(void* context) noexcept = nullptr;
-  void* context = nullptr;
-};
 
 namespace detail {
 
@@ -65,48 +52,65 @@ class callback_queue : public grace_period_driver<Platform> {
       violated("L6", "srcu_domain::call", function == nullptr ? "the callback is null" : "the head is already queued");
       return errc::already_registered;
     }
-    if (!count_one(bound)) return errc::again;
+    if (!count_one(bound == 0 || bound > max_count ? max_count : bound)) return errc::again;
+    if (!used_.load(std::memory_order_relaxed)) used_.store(true, std::memory_order_relaxed);
     head.function = function;
     srcu_head* newest = incoming_.load(std::memory_order_relaxed);
     do {
       head.next = newest;
-      // (q1) release pairs with (q2): what the caller did before happens before the callback.
-    } while (!incoming_.compare_exchange_weak(newest, &head, std::memory_order_release, std::memory_order_relaxed));
+      // (q1) acq_rel pairs with (q2): what the caller did before happens before the callback; and with itself, also
+      // through (q2): who pushes later has counted later, as far as a barrier after it can tell.
+    } while (!incoming_.compare_exchange_weak(newest, &head, std::memory_order_acq_rel, std::memory_order_relaxed));
     if (newest == nullptr) {  // otherwise whoever queued the first one has said so
-      used_.store(true, std::memory_order_relaxed);
-      resume_callbacks();
+      if (schedule_ != nullptr) {
+        schedule_(context_);
+      } else {
+        this->runtime_->work.post(*static_cast<domain_core<Platform>*>(this));
+      }
     }
     return errc::ok;
   }
 
+  // --- The counts. They wrap; what is queued at a time is bounded, so that differences mean something. --------------
+
   bool count_one(std::size_t bound) noexcept {
-    std::uint32_t counted = queued_.load(std::memory_order_relaxed);
-    while (bound == 0 || (counted - ran()) / one < bound) {
+    while (true) {
+      const std::uint32_t before = ran();  // first: the difference must not be negative
+      std::uint32_t counted = queued_.load(std::memory_order_relaxed);
+      if ((counted - before) / one >= bound) return false;
       if (queued_.compare_exchange_weak(counted, counted + one, std::memory_order_relaxed)) return true;
     }
-    return false;
   }
   // (q5) acquire pairs with (q4): what the callbacks did.
   std::uint32_t ran() const noexcept { return ran_.load(std::memory_order_acquire) & ~somebody_waits; }
 
-  /// Returns: true if all that the first count says have run. The counts wrap.
-  bool has_run(std::uint32_t counted) const noexcept {
-    return static_cast<std::int32_t>(ran() - counted) >= 0;
-  }
-  void wait_until_run(std::uint32_t counted) noexcept {
-    while (true) {
-      const std::uint32_t seen = ran_.fetch_or(somebody_waits, std::memory_order_relaxed) | somebody_waits;
-      if (has_run(counted)) return;
-      Platform::wait(ran_, seen);
-    }
+  /// Returns: how many callbacks are queued or run just now.
+  std::size_t outstanding() const noexcept {
+    const std::uint32_t before = ran();  // first, as above
+    return (queued_.load(std::memory_order_relaxed) - before) / one;
   }
 
-  /// There is something to do, or to look at again.
-  void resume_callbacks() noexcept {
+  /// Returns: true if all that the first count says have run.
+  bool has_run(std::uint32_t counted) const noexcept { return static_cast<std::int32_t>(ran() - counted) >= 0; }
+
+  /// Sleeps until something has run, or whoever was at work has stopped, if somebody_works() says that there is one.
+  template <class SomebodyWorks>
+  void wait_until_run(std::uint32_t counted, SomebodyWorks somebody_works) noexcept {
+    // Dekker: says that it waits, then looks for somebody at work; who stops says so, then looks for who waits.
+    const std::uint32_t seen = ran_.fetch_or(somebody_waits, std::memory_order_seq_cst) | somebody_waits;  // (q7) (q8)
+    if (!has_run(counted) && somebody_works()) Platform::wait(ran_, seen);
+  }
+  void nobody_works() noexcept {
+    const std::uint32_t was = ran_.fetch_and(~somebody_waits, std::memory_order_seq_cst);  // (q8) pairs with (q7)
+    if ((was & somebody_waits) != 0) Platform::wake(ran_);
+  }
+
+  /// A section or a grace period has ended. Context: anywhere.
+  void look_again() noexcept {
     if (schedule_ != nullptr) {
       schedule_(context_);
     } else {
-      this->runtime_->work.post(*static_cast<domain_core<Platform>*>(this));
+      this->runtime_->work.kick();
     }
   }
 
@@ -132,7 +136,7 @@ class callback_queue : public grace_period_driver<Platform> {
 
   srcu_head* take_batch() noexcept { return std::exchange(batch_, nullptr); }
 
-  /// The domain may be gone when it returns.
+  /// The domain may be gone when it returns, if nobody drains it.
   void run(srcu_head& head) noexcept {
     std::exchange(head.function, nullptr)(&head);
     std::uint32_t before = ran_.load(std::memory_order_relaxed);
@@ -143,7 +147,7 @@ class callback_queue : public grace_period_driver<Platform> {
     if ((before & somebody_waits) != 0) Platform::wake(ran_);  // by address only
   }
 
-  /// Returns: false if a section holds callbacks back.
+  /// Returns: false if a section holds callbacks back, and a mark for it has been left.
   bool drain_batches(std::size_t& ran) noexcept {
     while (true) {
       begin_batch();
@@ -158,12 +162,18 @@ class callback_queue : public grace_period_driver<Platform> {
         }
         if (p != progress::over) return false;
       }
-      while (srcu_head* const h = batch_) {
-        batch_ = h->next;
-        run(*h);
-        ++ran;
-      }
+      ran += run_batch();
     }
+  }
+
+  std::size_t run_batch() noexcept {
+    std::size_t n = 0;
+    while (srcu_head* const h = batch_) {
+      batch_ = h->next;
+      run(*h);
+      ++n;
+    }
+    return n;
   }
 
   /// Takes what is queued, oldest first, behind the batch.
@@ -177,21 +187,32 @@ class callback_queue : public grace_period_driver<Platform> {
     target_ = this->next_grace_period();
   }
 
+  bool drains_here() const noexcept { return drainer_.load(std::memory_order_relaxed) == Platform::self(); }
+
   /// In a forked child. What other threads were about to push or to run is lost; `taken`: what the worker has taken.
-  /// Everything else is one batch now, so that the next call() finds nobody before it and sees to it that it is run.
-  void reset_queue_after_fork(const srcu_head* taken, bool inside_callback) noexcept {
-    take_incoming();
-    std::uint32_t left = inside_callback ? one : 0;
-    for (const srcu_head* h = batch_; h != nullptr; h = h->next) left += one;
-    for (const srcu_head* h = taken; h != nullptr; h = h->next) left += one;
+  /// Everything else is one batch now, so that the next call() finds nobody before it and sees to it that it is run;
+  /// unless this thread drains, and goes on to do so.
+  void reset_queue_after_fork(const srcu_head* taken, bool in_callback) noexcept {
+    if (drains_here()) {
+      in_callback = true;
+    } else {
+      take_incoming();
+      drainer_.store(0, std::memory_order_relaxed);
+      draining_.store(false, std::memory_order_relaxed);
+    }
+    std::uint32_t left = in_callback ? one : 0;
+    for (const srcu_head* list : {taken, static_cast<const srcu_head*>(batch_),
+                                  static_cast<const srcu_head*>(incoming_.load(std::memory_order_relaxed))}) {
+      for (; list != nullptr; list = list->next) left += one;
+    }
     ran_.store(0, std::memory_order_relaxed);
     queued_.store(left, std::memory_order_relaxed);
-    if (drainer_.load(std::memory_order_relaxed) != Platform::self()) draining_.store(false, std::memory_order_relaxed);
   }
 
   // The counts go in steps of two: bit 0 of the second says that somebody waits.
   static constexpr std::uint32_t one = 2;
   static constexpr std::uint32_t somebody_waits = 1;
+  static constexpr std::size_t max_count = std::size_t{1} << 29;
 
   alignas(64) std::atomic<srcu_head*> incoming_{nullptr};
   std::atomic<std::uint32_t> queued_{0};  ///< the first count

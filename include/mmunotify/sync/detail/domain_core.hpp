@@ -37,6 +37,7 @@ class domain_core : public callback_queue<Platform> {
   class handoff_token {
     friend domain_core;
     std::uint32_t bank_ = 0;
+    std::uint32_t generation_ = 0;  ///< the process that it was begun in
   };
 
   domain_core(const domain_core&) = delete;
@@ -46,20 +47,22 @@ class domain_core : public callback_queue<Platform> {
   /// exhausted. Sections of such a domain are harmless and protect nothing; to wait for it is a contract failure.
   errc status() const noexcept { return this->slot_ != 0 ? errc::ok : errc::no_slot; }
 
-  /// Effects: does what the thread's first section would do. Returns: ok, or no_memory.
-  errc attach_this_thread() noexcept { return this->runtime_->attach() != nullptr ? errc::ok : errc::no_memory; }
+  /// Effects: does what the thread's first section would do. Returns: ok, no_slot (see status()) or no_memory.
+  errc attach_this_thread() noexcept {
+    if (const errc e = status(); e != errc::ok) return e;
+    return this->runtime_->attach() != nullptr ? errc::ok : errc::no_memory;
+  }
 
   /// Returns: true inside a section of this domain that this thread began (in a callback or an open bracket, for an
   /// address space). Hand-off sections belong to no thread and do not count.
-  bool held_by_this_thread() const noexcept {
-    const auto view = home::view();
-    std::byte* slab = view.slab;
-    if (view.attached_to != this->runtime_) [[unlikely]] {
+  [[nodiscard]] bool held_by_this_thread() const noexcept {
+    std::byte* slab = home::slab();
+    if (this->runtime_ != &home::own() || slab == nullptr) [[unlikely]] {
       const auto* const r = this->slot_ != 0 ? this->runtime_->current() : nullptr;
       if (r == nullptr) return false;
       slab = r->slab();
     }
-    const std::uint64_t w = thread_record<Platform>::slot_at(slab, this->offset_).word.load(std::memory_order_relaxed);
+    const std::uint64_t w = slot_in(slab).word.load(std::memory_order_relaxed);
     if (w == 0 || !this->indirect_) return w != 0;
     return static_slot::is_inside(*static_slot::word_at(w));
   }
@@ -103,9 +106,10 @@ class domain_core : public callback_queue<Platform> {
     }
   }
 
-  /// Returns: a name for the grace period that a synchronize() now would wait for. Progress: wait-free, one full fence.
+  /// Returns: a name for the grace period that a synchronize() now would wait for. Progress: wait-free where a
+  /// read-modify-write is.
   /// Context: anywhere, also inside sections.
-  cookie start_poll() const noexcept {
+  [[nodiscard]] cookie start_poll() const noexcept {
     cookie c;
     c.target_ = this->next_grace_period();
     return c;
@@ -126,15 +130,20 @@ class domain_core : public callback_queue<Platform> {
   // --- Hand-off. ----------------------------------------------------------------------------------------------------
 
   /// Effects: begins a section that any thread may end (S6): it goes with its token. Cost: two locked instructions on a
-  /// line that all share. A forked child inherits it open. Progress: lock-free (a grace period that begins makes it
-  /// retry). Context: anywhere.
+  /// line that all share. It does not survive a fork: in the child it has ended, since whoever was to end it may be
+  /// gone; to end it there does nothing. Progress: lock-free (a grace period that begins makes it retry). Context:
+  /// anywhere.
   [[nodiscard]] handoff_token down_read() noexcept {
     handoff_token t;
+    t.generation_ = this->runtime_->generation();
     t.bank_ = this->enter_bank();
     return t;
   }
   /// Effects: ends the section, once.
-  void up_read(handoff_token t) noexcept { this->leave_bank(t.bank_); }
+  void up_read(handoff_token t) noexcept {
+    if (t.generation_ == this->runtime_->generation()) [[likely]]
+      this->leave_bank(t.bank_);
+  }
 
   // --- Deferred callbacks. ------------------------------------------------------------------------------------------
 
@@ -153,9 +162,7 @@ class domain_core : public callback_queue<Platform> {
 
   /// Returns: how many callbacks are queued or run just now. May be stale on arrival. Ordering: who finds none comes
   /// after what those that have run did.
-  std::size_t backlog() const noexcept {
-    return (this->queued_.load(std::memory_order_relaxed) - this->ran()) / base::one;
-  }
+  std::size_t backlog() const noexcept { return this->outstanding(); }
 
   /// Effects: returns when every callback that was queued before the call has run (S4, L8). With an executor of the
   /// user's, the caller drains. Precondition: not inside a section of this domain, nor in a callback (L7, checked).
@@ -169,14 +176,17 @@ class domain_core : public callback_queue<Platform> {
     }
     if constexpr (mutated(mutation::early_barrier)) return synchronize();
     const std::uint32_t counted = this->queued_.load(std::memory_order_relaxed);
-    if (this->schedule_ != nullptr) {
-      while (!this->has_run(counted)) {
+    while (!this->has_run(counted)) {
+      if (this->schedule_ == nullptr) {
+        auto& work = this->runtime_->work;
+        work.start_or([&] { return this->has_run(counted); });
+        this->wait_until_run(counted, [&] { return work.runs_somewhere(); });
+      } else {
         synchronize();
-        if (drain() == 0) Platform::yield();
+        drain();
+        // Only while another thread drains: it may be held up by a callback.
+        this->wait_until_run(counted, [&] { return this->draining_.load(std::memory_order_seq_cst); });  // (q7)
       }
-    } else if (!this->has_run(counted)) {
-      this->runtime_->work.start_or([&] { return this->has_run(counted); });
-      this->wait_until_run(counted);
     }
   }
 
@@ -191,13 +201,15 @@ class domain_core : public callback_queue<Platform> {
       return 0;
     }
     std::size_t ran = 0;
-    // (q6) acq_rel pairs with itself: who finds somebody draining has queued its callback before that one looks again.
-    while (!this->draining_.exchange(true, std::memory_order_acq_rel)) {
+    // (q6) seq_cst pairs with itself: who finds somebody draining has queued its callback, or taken the mark, before
+    // that one looks again; and with (q7).
+    while (!this->draining_.exchange(true, std::memory_order_seq_cst)) {
       this->drainer_.store(Platform::self(), std::memory_order_relaxed);
-      const bool stuck = !this->drain_batches(ran);
+      const bool held_back = !this->drain_batches(ran);
       this->drainer_.store(0, std::memory_order_relaxed);
-      this->draining_.exchange(false, std::memory_order_acq_rel);  // (q6)
-      if (stuck || !this->has_incoming()) break;
+      this->draining_.exchange(false, std::memory_order_seq_cst);  // (q6)
+      this->nobody_works();
+      if (held_back ? this->marked_for_leavers() : !this->has_incoming()) break;
     }
     return ran;
   }
@@ -205,30 +217,34 @@ class domain_core : public callback_queue<Platform> {
  protected:
   constexpr domain_core(home& h, bool indirect) noexcept : base(h, indirect) {}
 
-  /// Takes a slot. Returns: false if there is none.
-  bool open(const srcu_options& o) noexcept {
-    if (!this->runtime_->prepare()) return false;
-    this->isolated_ = o.isolated;
-    this->configure(o);
-    this->waiter_.store(this->runtime_->asymmetric() ? 0 : this->always, std::memory_order_relaxed);
-    this->slot_ = this->runtime_->enlist(*this, o.isolated);
-    this->offset_ = this->slot_ * static_cast<std::uint32_t>(sizeof(section_slot));
-    return this->slot_ != 0;
-  }
+  /// Takes a slot, unless there is one. Returns: false if none is left.
+  bool open(const srcu_options& o) noexcept { return this->runtime_->prepare() && this->runtime_->enlist(*this, o); }
 
   /// Runs the callbacks that are queued, and gives the slot back. Returns: false if a section is open: then a thread's
   /// word keeps the slot, since its next owner would take the section for one of its own.
   bool close() noexcept {
     if (this->slot_ == 0) return true;
     if (this->used_.load(std::memory_order_relaxed)) {
-      if (backlog() != 0) barrier();
+      auto& work = this->runtime_->work;
+      if (this->schedule_ == nullptr && work.runs_here() && !work.runs_callback_of(*this)) {
+        run_in_place();
+      } else if (backlog() != 0) {
+        barrier();
+      }
       if (backlog() != 0) std::abort();  // barrier() was refused, and said why
-      if (this->schedule_ == nullptr) this->runtime_->work.forget(*this);
+      if (this->schedule_ == nullptr) work.forget(*this);
     }
     const bool clear = this->runtime_->for_each_record(
         [&](auto& r) { return r.at(this->slot_).word.load(std::memory_order_relaxed) == 0; });
     this->runtime_->delist(*this, this->slot_, this->isolated_, clear);
     return clear && this->banks_empty();
+  }
+
+  /// True once the domain has a slot, for whoever may be the first to use it.
+  bool ready() const noexcept { return ready_.load(std::memory_order_acquire); }  // (t1) pairs with (t2)
+
+  section_slot& slot_in(std::byte* slab) const noexcept {
+    return thread_record<Platform>::slot_at(slab, this->slot_ * sizeof(section_slot));
   }
 
   bool may_wait(const char* function) const noexcept {
@@ -252,17 +268,38 @@ class domain_core : public callback_queue<Platform> {
   friend worker<Platform>;
 
   bool runs_callbacks_here() const noexcept {
-    return this->schedule_ == nullptr ? this->runtime_->work.runs_here() : drains_here();
+    return this->schedule_ == nullptr ? this->runtime_->work.runs_here() : this->drains_here();
   }
-  bool drains_here() const noexcept { return this->drainer_.load(std::memory_order_relaxed) == Platform::self(); }
+  /// The worker's own thread cannot wait for the worker: in another domain's callback.
+  void run_in_place() noexcept {
+    while (true) {
+      this->runtime_->work.forget(*this);
+      this->take_incoming();
+      if (this->batch_ == nullptr) return;
+      this->wait_for_grace_period(this->target_, Platform::spins);
+      this->run_batch();
+    }
+  }
+
+  /// Under the runtime's mutex.
+  void begin_life(std::uint32_t slot, const srcu_options& o) noexcept {
+    this->isolated_ = o.isolated;
+    this->configure(o);
+    this->waiter_.store(this->runtime_->asymmetric() ? 0 : this->always, std::memory_order_relaxed);
+    this->slot_ = slot;
+    this->place_ = this->runtime_->key() + slot * sizeof(section_slot);
+    ready_.store(true, std::memory_order_release);  // (t2) pairs with (t1)
+  }
 
   /// Returns: true if there is something for the worker.
   bool after_fork() noexcept {
     this->reset_after_fork();
     const auto& w = this->runtime_->work;
-    this->reset_queue_after_fork(w.taken_of(*this), w.runs_callback_of(*this) || drains_here());
+    this->reset_queue_after_fork(w.taken_of(*this), w.runs_callback_of(*this));
     return this->schedule_ == nullptr && this->batch_ != nullptr;
   }
+
+  std::atomic<bool> ready_{false};
 
   // The lists that the domain is on.
   std::atomic<bool> posted_{false};  ///< on one of the worker's

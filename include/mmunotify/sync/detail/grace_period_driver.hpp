@@ -172,6 +172,7 @@ class grace_period_driver {
   /// After a mark for leavers and a fence, a section that was seen open finds the mark when it ends.
   /// Returns: false if the mark was there.
   bool mark_for_leavers() noexcept { return (waiter_.fetch_or(deferred, std::memory_order_relaxed) & deferred) == 0; }
+  bool marked_for_leavers() const noexcept { return (waiter_.load(std::memory_order_relaxed) & deferred) != 0; }
 
   /// A grace period has ended: callbacks may be due that found the driver busy.
   void tell_deferred() noexcept {
@@ -186,14 +187,22 @@ class grace_period_driver {
   /// In a forked child, where the other threads' sections are gone.
   void reset_after_fork() noexcept {
     new (&driver_) typename Platform::mutex;
+    begun_.store(sequence_.load(std::memory_order_relaxed), std::memory_order_relaxed);  // one store may be missing
+    for (word& b : banks_) b.store(0, std::memory_order_relaxed);
+    if (indirect_) {  // who looked at the words is gone
+      runtime_->for_each_record([&](auto& r) {
+        r.at(slot_).count.store(0, std::memory_order_relaxed);
+        return true;
+      });
+    }
     waiter_.store(runtime_->asymmetric() ? 0 : always, std::memory_order_relaxed);
   }
 
   // Read by every section, written once in a grace period.
-  alignas(64) home* runtime_;
-  std::uint32_t offset_ = 0;  ///< of the domain's slot in every slab, in bytes
+  alignas(64) std::uintptr_t place_ = 0;  ///< the runtime's key + the offset of the domain's slot in every slab
   std::atomic<std::uint32_t> waiter_{0};
   word sequence_{first_sequence};
+  home* runtime_;
   std::uint32_t slot_ = 0;  ///< 0: none
   bool indirect_;           ///< the words are thread_local ones, and the slots hold their addresses
   bool isolated_ = false;
@@ -208,13 +217,13 @@ class grace_period_driver {
 
  private:
   /// Tells the domain's owner of callbacks that a section or a grace period has ended; defined by domain_core.
-  void leavers_gone() noexcept { static_cast<domain_core<Platform>*>(this)->resume_callbacks(); }
+  void leavers_gone() noexcept { static_cast<domain_core<Platform>*>(this)->look_again(); }
 
   /// Returns: the grace period that now runs. Precondition: driver_ is held, as for the next three.
   std::uint64_t begin_if_idle() noexcept {
     std::uint64_t now = sequence_.load(std::memory_order_relaxed);
     if (completed_.load(std::memory_order_relaxed) == now) {
-      now = begun_.fetch_add(1, std::memory_order_acq_rel) + 1;  // (d8)
+      now = begun_.fetch_add(1, std::memory_order_acq_rel) + 1;                            // (d8)
       sequence_.store(now, order(std::memory_order_release, mutation::sequence_relaxed));  // (d1) pairs with (d2)
     }
     return now;

@@ -4,11 +4,11 @@
 // What all read-section domains of one process share: the threads' slabs, the domains' slots, the heavy fences.
 //
 // Records are immortal and recycled: a grace period walks them without a lock. The thread finds its slab through one
-// constinit thread_local pair {runtime, slab}; the runtime is compared on every entry, because inline variables are
-// duplicated between shared objects (clang always, gcc with hidden visibility, dlopen with RTLD_LOCAL): a domain made
-// by one copy of this library and entered through another takes the cold path, which goes through the domain's own
-// runtime. (Limit: the copy that made a runtime must not be unloaded while threads live that used it.) The cold path is
-// also taken always when heavy fences are not to be had: the pair is then never published.
+// constinit thread_local pointer; whether the domain is of the same runtime is looked at on every entry, because inline
+// variables are duplicated between shared objects (clang always, gcc with hidden visibility, dlopen with RTLD_LOCAL): a
+// domain made by one copy of this library and entered through another takes the cold path, which goes through the
+// domain's own runtime. (Limit: the copy that made a runtime must not be unloaded while threads live that used it.) The
+// cold path is also taken always when heavy fences are not to be had: the pointer is then never published.
 //
 // Heavy fences are shared: the kernel serialises them, so a request that finds one running waits for its end, and then
 // one fence serves all who wait. A fence serves the requests that were made before it began.
@@ -24,6 +24,7 @@
 
 #include <mmunotify/base/result.hpp>
 #include <mmunotify/config.hpp>
+#include <mmunotify/sync/detail/callback.hpp>
 #include <mmunotify/sync/detail/slab.hpp>
 #include <mmunotify/sync/detail/worker.hpp>
 
@@ -34,7 +35,7 @@ template <class Platform>
 class domain_core;
 
 template <class Platform>
-class runtime {
+class alignas(64) runtime {
  public:
   using record = thread_record<Platform>;
   using core = domain_core<Platform>;
@@ -42,12 +43,12 @@ class runtime {
   /// This copy's runtime. Never destroyed: threads may outlive static destruction.
   static constexpr runtime& own() noexcept { return own_; }
 
-  /// What a section's fast path reads: {the runtime that this thread is attached to, its slab}.
-  struct thread_view {
-    const runtime* attached_to = nullptr;
-    std::byte* slab = nullptr;
-  };
-  [[gnu::always_inline]] static thread_view& view() noexcept { return Platform::template own<runtime, thread_view>(); }
+  /// The calling thread's slab of this copy's runtime: what a section's fast path reads. Null: take the cold path.
+  [[gnu::always_inline]] static std::byte*& slab() noexcept { return Platform::template own<runtime, std::byte*>(); }
+
+  /// Tells runtimes apart, with room for an offset into a slab below: their sum says where a domain's slot is, and
+  /// subtracting the own key is the test whether that is an offset into the own slab.
+  [[gnu::always_inline]] std::uintptr_t key() const noexcept { return reinterpret_cast<std::uintptr_t>(this) << 14; }
 
   /// The calling thread's record, made on first use. Returns: nullptr if memory or pthread keys are exhausted.
   /// Cold: once per thread, except without heavy fences and across copies of the library.
@@ -56,16 +57,16 @@ class runtime {
     record* r = current();
     if (r == nullptr) {
       const typename Platform::signal_guard guard;
-      r = take_record();
+      r = current();  // a handler may have attached the thread
+      if (r == nullptr) r = take_record();
       if (r == nullptr) return nullptr;
       if (!Platform::set_exit_value(key_, r)) {
         r->in_use.store(false, std::memory_order_release);  // (r3)
         return nullptr;
       }
     }
-    if (this == &own_ && asymmetric() && view().attached_to != this) {
-      const typename Platform::signal_guard guard;  // a handler must not see half of it
-      view() = {this, r->slab()};
+    if (this == &own_ && asymmetric() && slab() == nullptr) {
+      slab() = r->slab();
     }
     return r;
   }
@@ -82,15 +83,23 @@ class runtime {
       return true;
     const std::lock_guard lock(mutex_);
     if (ready_.load(std::memory_order_relaxed)) return true;
+    if (!Platform::at_fork(&before_fork, &after_fork_parent, &after_fork_child)) return false;
     if (!Platform::create_exit_key(key_, &thread_exits)) return false;
+    asymmetric_ = Platform::heavy_available();
     work.own();
-    static_cast<void>(Platform::at_fork(&before_fork, &after_fork_parent, &after_fork_child));
     ready_.store(true, std::memory_order_release);  // (r7)
     return true;
   }
 
-  /// True if readers may rely on heavy fences.
-  bool asymmetric() const noexcept { return Platform::heavy_available(); }
+  /// True if readers may rely on heavy fences. One answer for all copies of the library. Precondition: prepare() said
+  /// true.
+  bool asymmetric() const noexcept { return asymmetric_; }
+
+  /// True in a thread whose exit handler has run.
+  static bool exiting() noexcept { return Platform::template own<exit_flag, bool>(); }
+
+  /// How many forks lie between this process and the one that loaded the library.
+  std::uint32_t generation() const noexcept { return generation_; }
 
   /// The fence of a grace period: heavy, or full where readers use full ones. Concurrent requests share it.
   void fence() noexcept {
@@ -122,16 +131,19 @@ class runtime {
     return true;
   }
 
-  /// Gives the domain a slot and knows it from now on. Returns: 0 if there is none left.
-  std::uint32_t enlist(core& d, bool isolated) noexcept {
+  /// Gives the domain a slot, unless it has one, and knows it from now on. In one step for whoever forks meanwhile.
+  /// Returns: false if there is none left.
+  bool enlist(core& d, const srcu_options& o) noexcept {
     const std::lock_guard lock(mutex_);
-    const std::uint32_t slot = slots_.take(isolated);
-    if (slot == 0) return 0;
+    if (d.slot_ != 0) return true;
+    const std::uint32_t slot = slots_.take(o.isolated);
+    if (slot == 0) return false;
     d.next_ = first_;
     d.link_ = &first_;
     if (first_ != nullptr) first_->link_ = &d.next_;
     first_ = &d;
-    return slot;
+    d.begin_life(slot, o);
+    return true;
   }
 
   /// Forgets the domain. `reusable`: every word of its slot is 0.
@@ -142,9 +154,17 @@ class runtime {
     if (reusable) slots_.give_back(slot, isolated);
   }
 
+  template <class F>
+  void for_each_domain(F&& f) noexcept {
+    const std::lock_guard lock(mutex_);
+    for (core* d = first_; d != nullptr; d = d->next_) f(*d);
+  }
+
   worker<Platform> work;
 
  private:
+  struct exit_flag;
+
   record* take_record() noexcept {
     for (record* r = records_.load(std::memory_order_acquire); r != nullptr; r = r->next) {  // (r1)
       bool expected = false;
@@ -176,7 +196,8 @@ class runtime {
   static void thread_exits(void* value) noexcept {
     auto* r = static_cast<record*>(value);
     runtime& home = *r->home;
-    if (view().attached_to == &home) view() = {nullptr, nullptr};
+    slab() = nullptr;
+    Platform::template own<exit_flag, bool>() = true;
     while (static_slot* const s = r->static_slots) {
       r->static_slots = s->next;
       home.close(*s, r->at(s->slot));
@@ -199,10 +220,9 @@ class runtime {
   void close(std::atomic<std::uint64_t>& word, std::uint64_t outside, std::uint32_t slot) noexcept {
     violated("S8", "thread exit", "a thread exits inside a read section (domain slot %u)", slot);
     word.store(outside, std::memory_order_release);  // (r5) pairs with the grace period's scan, domain_core (d3)
-    const std::lock_guard lock(mutex_);
-    for (core* d = first_; d != nullptr; d = d->next_) {
-      if (d->slot_ == slot) d->leave_cold();
-    }
+    for_each_domain([&](core& d) {
+      if (d.slot_ == slot) d.leave_cold();
+    });
   }
 
   /// The thread_local word of a static domain goes away with its thread, so grace periods must not look at it any more.
@@ -210,6 +230,7 @@ class runtime {
     if (static_slot::is_inside(s.word)) close(s.word, 0, s.slot);
     s.word.store(static_slot::unattached, std::memory_order_release);  // (r5)
     s.count = 0;
+    s.slot = 0;
     // Dekker: the address goes, then a look at the pins; a scan pins, then looks for the address.
     shared.word.store(0, std::memory_order_seq_cst);  // (p1) pairs with (p2)
     if constexpr (mutated(mutation::exit_unpinned)) return;
@@ -236,6 +257,7 @@ class runtime {
         return true;
       });
     }
+    ++home.generation_;
     new (&home.fence_mutex_) typename Platform::mutex;
     home.fences_ended_ = home.fences_begun_.load(std::memory_order_relaxed);
     home.work.after_fork_child(home.first_);
@@ -245,6 +267,8 @@ class runtime {
   std::atomic<record*> records_{nullptr};
   std::atomic<bool> ready_{false};
   typename Platform::exit_key key_{};
+  bool asymmetric_ = false;
+  std::uint32_t generation_ = 0;
 
   typename Platform::mutex fence_mutex_;
   std::atomic<std::uint64_t> fences_begun_{0};  ///< written under fence_mutex_

@@ -40,7 +40,12 @@ struct static_slot {
   std::atomic<std::uint64_t> word{unattached};
   std::uint64_t count = 0;      ///< open sections of the unordered kind besides the outermost
   static_slot* next = nullptr;  ///< of the same thread
-  std::uint32_t slot = 0;       ///< the domain's
+  std::uint32_t slot = 0;       ///< the domain's; 0: not attached
+
+  /// After the thread's exit handler has run (a later one may still begin sections) nothing of the thread's may be
+  /// published any more: its sections are hand-off ones, this many of them in this bank.
+  std::uint32_t handed_off = 0;
+  std::uint32_t bank = 0;
 
   static bool is_inside(const std::atomic<std::uint64_t>& w) noexcept {
     const std::uint64_t seen = w.load(std::memory_order_relaxed);
@@ -101,8 +106,10 @@ struct alignas(64) thread_record {
   static constexpr std::size_t memory_size =
       64 + slots_size + sizeof(cells) + cells::count * sizeof(typename cells::cell);
 
+  static_assert(slots_size <= std::size_t{1} << 20, "mmunotify: runtime::key has room for 20 bits of offset");
+
   // The slab is zeroed memory of the right size and alignment, and all zeros are valid slots and cells.
-  [[gnu::always_inline]] static section_slot& slot_at(std::byte* slab, std::uint32_t offset) noexcept {
+  [[gnu::always_inline]] static section_slot& slot_at(std::byte* slab, std::size_t offset) noexcept {
     return *std::launder(reinterpret_cast<section_slot*>(slab + offset));
   }
   [[gnu::always_inline]] static cells& cells_in(std::byte* slab) noexcept {
@@ -111,7 +118,7 @@ struct alignas(64) thread_record {
 
   std::byte* slab() const noexcept { return reinterpret_cast<std::byte*>(const_cast<thread_record*>(this + 1)); }
   section_slot& at(std::uint32_t slot) const noexcept {
-    return slot_at(slab(), slot * static_cast<std::uint32_t>(sizeof(section_slot)));
+    return slot_at(slab(), std::size_t{slot} * sizeof(section_slot));
   }
   /// Everything but the record itself is as it was when the memory was new.
   void clear() noexcept { Platform::clear_slab(slab(), memory_size - sizeof *this); }

@@ -21,16 +21,9 @@
 #include <utility>
 
 #include <mmunotify/config.hpp>
+#include <mmunotify/sync/detail/callback.hpp>
 
 MMUNOTIFY_BEGIN_NAMESPACE
-
-/// What a deferred callback needs; a member or base of what it frees. 16 bytes.
-struct srcu_head {
-  srcu_head* next = nullptr;
-  /// Null while the head is not queued.
-  void (*function)(srcu_head*) noexcept = nullptr;
-};
-using srcu_callback = void (*)(srcu_head*) noexcept;
 
 namespace detail {
 
@@ -70,21 +63,25 @@ class worker {
     if (asleep_.load(std::memory_order_seq_cst)) Platform::wake(rounds_);  // (k6) pairs with (k7)
   }
 
-  /// Returns: true once there is a thread; false if the system has none left.
+  /// Returns: true once there is a thread; false if the system has none left, or somebody stands in for it.
   bool start() noexcept {
     // (k9) acquire pairs with (k10).
-    return state_.load(std::memory_order_acquire) == state::running || start_(*this);
+    return state_.load(std::memory_order_acquire) == state::thread || start_(*this);
   }
 
   /// Returns: true in the thread that runs callbacks, inside one.
   bool runs_here() const noexcept { return runner_.load(std::memory_order_relaxed) == Platform::self(); }
 
-  /// Effects: starts the thread; where none can be had, the caller does the work until done() says true.
+  /// Returns: true while there is a thread that runs callbacks.
+  bool runs_somewhere() const noexcept {
+    return state_.load(std::memory_order_seq_cst) == state::thread;  // (q7) pairs with (q8)
+  }
+
+  /// Effects: starts the thread; while none can be had, the caller stands in for it, until done() says true.
   template <class Done>
   void start_or(Done done) noexcept {
-    if (start()) return;
-    while (!done()) {
-      if (!claim()) {
+    while (!done() && !start()) {
+      if (!stand_in()) {
         Platform::yield();
         continue;
       }
@@ -108,7 +105,7 @@ class worker {
       while (*list != nullptr && *list != &d) list = &(*list)->next_work_;
       if (*list == &d) *list = d.next_work_;
     }
-    if (running_of_ == &d) running_of_ = nullptr;
+    d.posted_.store(false, std::memory_order_relaxed);
   }
 
   void before_fork() noexcept { mutex_.lock(); }
@@ -120,6 +117,7 @@ class worker {
       runner_.store(0, std::memory_order_relaxed);
       state_.store(state::none, std::memory_order_relaxed);
       asleep_.store(false, std::memory_order_relaxed);
+      stopping_.store(false, std::memory_order_relaxed);
     }
     pending_.store(nullptr, std::memory_order_relaxed);
     active_ = ready_ = nullptr;
@@ -132,43 +130,50 @@ class worker {
   }
 
  private:
-  enum class state : std::uint32_t { none, running };
+  enum class state : std::uint32_t {
+    none,
+    thread,    ///< there is a worker thread
+    stand_in,  ///< somebody in a barrier does its work
+  };
 
   static home_type& home() noexcept { return home_type::own(); }
 
-  bool claim() noexcept {
-    state expected = state::none;
-    // (k9) acquire pairs with (k10): what the previous worker left is complete.
-    if (!state_.compare_exchange_strong(expected, state::running, std::memory_order_acquire)) return false;
+  bool stand_in() noexcept {
+    const std::lock_guard lock(mutex_);
+    if (state_.load(std::memory_order_acquire) != state::none) return false;  // (k9)
     runner_.store(Platform::self(), std::memory_order_relaxed);
+    state_.store(state::stand_in, std::memory_order_relaxed);
     return true;
   }
 
   static bool start_own(worker& w) noexcept {
     const std::lock_guard lock(w.mutex_);
-    state expected = state::none;
-    if (!w.state_.compare_exchange_strong(expected, state::running, std::memory_order_acquire)) return true;  // (k9)
-    if (w.stop_at_exit_ || Platform::at_exit(&stop)) {
-      w.stop_at_exit_ = true;
-      if (Platform::start_thread(w.thread_, &main, &w)) return true;
-    }
-    w.state_.store(state::none, std::memory_order_release);  // (k10)
-    return false;
+    // (k9) acquire pairs with (k10): what the one before left is complete.
+    const state now = w.state_.load(std::memory_order_acquire);
+    if (now != state::none) return now == state::thread;
+    if (!w.stop_at_exit_) w.stop_at_exit_ = Platform::at_exit(&stop);
+    if (!w.stop_at_exit_ || !Platform::start_thread(w.thread_, &main, &w)) return false;
+    w.state_.store(state::thread, std::memory_order_release);  // (k10)
+    return true;
   }
 
-  /// At exit. What is still queued then is not run: nobody waits for it.
+  /// At exit. What is still queued then is run only if somebody waits for it, who will start another worker.
   static void stop() noexcept {
     worker& w = home().work;
     {
       const std::lock_guard lock(w.mutex_);
       w.stop_at_exit_ = false;
-      if (w.state_.load(std::memory_order_acquire) != state::running || w.runs_here()) return;  // (k9)
+      if (w.state_.load(std::memory_order_acquire) != state::thread || w.runs_here()) return;  // (k9)
       w.stopping_.store(true, std::memory_order_relaxed);
     }
     w.kick();
     Platform::join(w.thread_);
-    w.stopping_.store(false, std::memory_order_relaxed);
-    w.state_.store(state::none, std::memory_order_release);  // (k10)
+    {
+      const std::lock_guard lock(w.mutex_);
+      w.stopping_.store(false, std::memory_order_relaxed);
+      w.state_.store(state::none, std::memory_order_seq_cst);  // (k10), (q8) pairs with (q7)
+    }
+    home().for_each_domain([](core& d) { d.nobody_works(); });
   }
 
   static void* main(void* argument) noexcept {
@@ -189,15 +194,17 @@ class worker {
 
   /// Returns: true if another round may find something to do at once.
   bool round() noexcept {
-    bool again = false;
+    bool busy = false;
     {
       const std::lock_guard lock(mutex_);
       adopt_pending();
       begin_batches();
-      again = sort_out();
-      if (mark_stuck()) again |= sort_out();
+      busy = sort_out();
+      if (mark_stuck()) busy = sort_out();
     }
-    return run_ready() || again;
+    const bool ran = run_ready();
+    if (busy && !ran) Platform::yield();  // to who drives
+    return busy || ran;
   }
 
   /// In the order in which they came.
@@ -219,15 +226,15 @@ class worker {
     for (core* d = active_; d != nullptr; d = d->next_work_) d->batch_fenced();
   }
 
-  /// Moves the domains whose grace period is over to ready_. Returns: true if one must be looked at again soon.
+  /// Moves the domains whose grace period is over to ready_. Returns: true if somebody else drives one just now.
   bool sort_out() noexcept {
-    bool again = false;
+    bool busy = false;
     core** end = &ready_;
     while (*end != nullptr) end = &(*end)->next_work_;
     for (core** link = &active_; *link != nullptr;) {
       core* const d = *link;
       const auto found = d->advance_batch();
-      again |= found == core::progress::busy;
+      busy |= found == core::progress::busy;
       if (found != core::progress::over) {
         link = &d->next_work_;
         continue;
@@ -236,7 +243,7 @@ class worker {
       *end = d;
       end = &d->next_work_;
     }
-    return again;
+    return busy;
   }
 
   /// Whoever leaves a section that a marked domain waits for kicks the worker. Returns: true if one was marked now.
@@ -250,9 +257,8 @@ class worker {
   /// Returns: true if callbacks were run.
   bool run_ready() noexcept {
     bool any = false;
-    while (next_ready()) {
+    while (core* const d = next_ready()) {
       any = true;
-      core* const d = running_of_;
       while (srcu_head* const h = running_) {
         running_ = h->next;
         d->run(*h);
@@ -261,21 +267,20 @@ class worker {
     return any;
   }
 
-  /// Takes the callbacks of one domain, or what a worker left that a fork has taken away.
-  bool next_ready() noexcept {
+  /// Takes the callbacks of one domain, or what a worker left that a fork has taken away. Returns: the domain, or null.
+  core* next_ready() noexcept {
     const std::lock_guard lock(mutex_);
-    if (running_ != nullptr) return true;
-    core* const d = ready_;
-    if (d == nullptr) return false;
+    if (running_ != nullptr) return running_of_;
+    core* const d = running_of_ = ready_;
+    if (d == nullptr) return nullptr;
     ready_ = std::exchange(d->next_work_, nullptr);
-    running_of_ = d;
     running_ = d->take_batch();
     // (k2) acq_rel pairs with (k1). Whoever has queued a callback meanwhile and found the domain posted is seen here.
     d->posted_.exchange(false, std::memory_order_acq_rel);
     if (d->has_incoming() && !d->posted_.exchange(true, std::memory_order_acq_rel)) {  // (k1)
       d->next_work_ = std::exchange(active_, d);
     }
-    return true;
+    return d;
   }
 
   static home_type& home_of(core& d) noexcept { return *d.runtime_; }

@@ -119,8 +119,18 @@ struct linux_platform {
     return static_cast<std::byte*>(p);
   }
 
+  /// Whole pages are given back, so a slab that was hardly used costs nothing.
   static void clear_slab(std::byte* slab, std::size_t bytes) noexcept {
-    if (::madvise(slab, bytes, MADV_DONTNEED) != 0) std::memset(slab, 0, bytes);
+    const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
+    const auto begin = reinterpret_cast<std::uintptr_t>(slab);
+    const std::uintptr_t first = (begin + page - 1) & ~(page - 1);
+    const std::uintptr_t last = (begin + bytes) & ~(page - 1);
+    if (first < last && ::madvise(slab + (first - begin), last - first, MADV_DONTNEED) == 0) {
+      std::memset(slab, 0, first - begin);
+      std::memset(slab + (last - begin), 0, begin + bytes - last);
+    } else {
+      std::memset(slab, 0, bytes);
+    }
   }
 
   using exit_key = pthread_key_t;
@@ -160,10 +170,20 @@ struct linux_platform {
 
   using thread = pthread_t;
 
-  /// Effects: runs f(argument) in a thread that takes no signals. Returns: false if the system has no thread left.
+  /// Effects: runs f(argument) in a thread that takes no signals, and inherits neither the caller's priority nor the
+  /// processors that the caller was bound to. Returns: false if the system has no thread left.
   static bool start_thread(thread& t, void* (*f)(void*), void* argument) noexcept {
+    pthread_attr_t attributes;
+    if (::pthread_attr_init(&attributes) != 0) return false;
+    ::pthread_attr_setinheritsched(&attributes, PTHREAD_EXPLICIT_SCHED);
+    cpu_set_t processors;
+    if (::sched_getaffinity(::getpid(), sizeof processors, &processors) == 0) {  // those of the main thread
+      ::pthread_attr_setaffinity_np(&attributes, sizeof processors, &processors);
+    }
     const signal_guard inherited;
-    return ::pthread_create(&t, nullptr, f, argument) == 0;
+    const bool started = ::pthread_create(&t, &attributes, f, argument) == 0;
+    ::pthread_attr_destroy(&attributes);
+    return started;
   }
   static void join(thread t) noexcept { ::pthread_join(t, nullptr); }
 
