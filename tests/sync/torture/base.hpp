@@ -163,6 +163,7 @@ struct {
   double seconds = 3;
   std::uint64_t patience = 3000;
   std::uint32_t activities = everything;
+  std::uint64_t phase = ~std::uint64_t{0};  ///< the only one; past the end: all
 } inline options;
 
 inline std::atomic<std::uint64_t> tick{1};

@@ -258,6 +258,7 @@ class published {
       auto empty = cell_state::empty;
       // (t7) acquire pairs with (t8).
       if (!o.state.compare_exchange_strong(empty, cell_state::busy, std::memory_order_acquire)) continue;
+      if (self->random.below(2) == 0) fill_store_buffer(self->random);
       o.token = domain_.down_read();
       o.seen = look(self->random);
       dwell(self->random);

@@ -248,21 +248,24 @@ struct phase {
   std::uint64_t where = any;    ///< most of everything
 };
 
+constexpr std::array first{
+    phase{everything, mood::mixed, 8},
+    phase{readers | updaters, mood::brisk, 1, plain_section, by_ageing, 2},
+    phase{quiet, mood::brisk, 8},
+    phase{lists | signals, mood::brisk, 8},
+    phase{readers | updaters | third | signals | births, mood::mixed, 2},
+    phase{everything & ~(readers | births), mood::mixed, 8},  // nobody reads: the domains are idle
+    phase{readers | forks | barriers | floods, mood::drowsy, 8},
+    // Without membarrier, whose interrupts would end what makes a section late.
+    phase{readers | updaters | signals, mood::brisk, 1, handoff_section, by_waiting, 3},
+    phase{births | updaters, mood::drowsy, 4, any, by_waiting, 2},
+    phase{everything & ~quiet, mood::drowsy, 4},
+};
+
 /// The first few in order, so that a short run has seen them; then at random.
 phase choose_phase(std::size_t n, small_random& random) {
-  constexpr std::array first{
-      phase{everything, mood::mixed, 8},
-      phase{readers | updaters, mood::brisk, 1, plain_section, by_ageing, 0},
-      phase{quiet, mood::brisk, 8},
-      phase{lists | signals, mood::brisk, 8},
-      phase{readers | updaters | third | signals | births, mood::mixed, 2},
-      phase{everything & ~(readers | births), mood::mixed, 8},  // nobody reads: the domains are idle
-      phase{readers | forks | barriers | floods, mood::drowsy, 8},
-      phase{readers | updaters | signals, mood::brisk, 1, handoff_section, by_waiting, 0},
-      phase{births | updaters, mood::drowsy, 4, any, by_waiting, 2},
-      phase{everything & ~quiet, mood::drowsy, 4},
-  };
   phase p = first[n % first.size()];
+  if (options.phase < first.size()) return first[options.phase];
   if (n >= first.size()) {
     p = first[random.below(first.size())];
     if (random.below(2) == 0) p.mask = static_cast<std::uint32_t>(random() & random.below(everything + 1));
@@ -397,13 +400,14 @@ void torture_all(srcu_domain& with_executor, event_loop& loop) {
 
 void print_help() {
   std::printf(
-      "usage: torture [--seconds N] [--seed S] [--only a,b,c] [--patience N]\n\n"
+      "usage: torture [--seconds N] [--seed S] [--only a,b,c] [--phase N] [--patience N]\n\n"
       "Tortures the read sections; says ERROR and why, or prints what it has done.\n\n"
       "  --seconds N   how long (default: MMUNOTIFY_TORTURE_SECONDS, or 3)\n"
       "  --seed S      of all random choices (default: MMUNOTIFY_SEED, or drawn; printed)\n"
       "  --only LIST   of the activities, these alone:\n               ");
   for (const char* name : activity_names) std::printf(" %s", name);
-  std::printf("\n  --patience N  what takes N ticks of at least 10 ms is stuck (default: 3000)\n");
+  std::printf("\n  --phase N     of the first %zu phases, this one alone\n", first.size());
+  std::printf("  --patience N  what takes N ticks of at least 10 ms is stuck (default: 3000)\n");
 }
 
 bool choose_activities(std::string_view list) {
@@ -442,6 +446,7 @@ bool read_options(int argc, char** argv) {
     const char* const value = argv[i + 1];
     const bool good = name == "--seconds"    ? read_number(value, options.seconds)
                       : name == "--seed"     ? read_number(value, options.seed)
+                      : name == "--phase"    ? read_number(value, options.phase)
                       : name == "--patience" ? read_number(value, options.patience)
                       : name == "--only"     ? choose_activities(value)
                                              : false;
