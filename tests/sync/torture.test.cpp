@@ -400,26 +400,33 @@ void torture_all(srcu_domain& with_executor, event_loop& loop) {
 
 void print_help() {
   std::printf(
-      "usage: torture [--seconds N] [--seed S] [--only a,b,c] [--phase N] [--patience N]\n\n"
+      "usage: torture [--seconds N] [--seed S] [--only a,b,c] [--without a,b,c] [--phase N] [--patience N]\n\n"
       "Tortures the read sections; says ERROR and why, or prints what it has done.\n\n"
       "  --seconds N   how long (default: MMUNOTIFY_TORTURE_SECONDS, or 3)\n"
       "  --seed S      of all random choices (default: MMUNOTIFY_SEED, or drawn; printed)\n"
       "  --only LIST   of the activities, these alone:\n               ");
   for (const char* name : activity_names) std::printf(" %s", name);
-  std::printf("\n  --phase N     of the first %zu phases, this one alone\n", first.size());
+  std::printf("\n  --without LIST  all but these\n  --phase N     of the first %zu phases, this one alone\n",
+              first.size());
   std::printf("  --patience N  what takes N ticks of at least 10 ms is stuck (default: 3000)\n");
 }
 
-bool choose_activities(std::string_view list) {
-  options.activities = 0;
+/// Returns: the activities in the list; 0 if there is a word in it that is none.
+std::uint32_t read_activities(std::string_view list) {
+  std::uint32_t mask = 0;
   while (!list.empty()) {
     const std::string_view word = list.substr(0, list.find(','));
     list.remove_prefix(std::min(list.size(), word.size() + 1));
     const auto* const found = std::find(activity_names.begin(), activity_names.end(), word);
-    if (found == activity_names.end()) return false;
-    options.activities |= 1U << (found - activity_names.begin());
+    if (found == activity_names.end()) return 0;
+    mask |= 1U << (found - activity_names.begin());
   }
-  return options.activities != 0;
+  return mask;
+}
+
+bool set_activities(std::uint32_t mask) {
+  options.activities = mask;
+  return mask != 0;
 }
 
 /// A number from the whole text. Returns: false if it is none.
@@ -448,8 +455,10 @@ bool read_options(int argc, char** argv) {
                       : name == "--seed"     ? read_number(value, options.seed)
                       : name == "--phase"    ? read_number(value, options.phase)
                       : name == "--patience" ? read_number(value, options.patience)
-                      : name == "--only"     ? choose_activities(value)
-                                             : false;
+                      : name == "--only"     ? set_activities(read_activities(value))
+                      : name == "--without"
+                          ? read_activities(value) != 0 && set_activities(options.activities & ~read_activities(value))
+                          : false;
     if (!good) return false;
   }
   return argc % 2 == 1;
