@@ -137,6 +137,7 @@ enum class mutation : int {
   exit_unpinned = 23,              ///< a thread exits although a grace period looks at its word
   no_handoff_scan = 24,            ///< grace periods do not wait for hand-off sections
   torn_key = 25,                   ///< a static key is on before every processor runs the changed code
+  request_relaxed = 26,            ///< (d8)
 };
 
 /// True in the build that has this one protection removed.

@@ -4,7 +4,7 @@
 // waited for. Thread 1 has a section, thread 2 drives grace periods, main unlinks an object and destroys it when poll
 // says so. (The driver itself fences afterwards: it would come after them even if its scan were relaxed.) With
 // -DMODEL_HANDOFF=1 the section is of the hand-off kind; as an ordinary test, in every other round.
-// Notices: scan_relaxed, handoff_scan_relaxed.
+// Notices: scan_relaxed, handoff_scan_relaxed, request_relaxed.
 
 #include "platform.hpp"
 

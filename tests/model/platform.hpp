@@ -21,8 +21,9 @@
 
 namespace model {
 
-/// Threads: how many besides main. Spins: 1, so that a grace period waits; 0, so that it sleeps.
-template <int Threads, int Spins = 1>
+/// Threads: how many besides main. Spins: 1, so that a grace period waits; 0, so that it sleeps. Worker: there is one,
+/// a thread of the program's that calls run_worker().
+template <int Threads, int Spins = 1, bool Worker = false>
 struct platform {
   static constexpr std::uint32_t slots = 4;
   static constexpr std::size_t cells = 1;
@@ -105,16 +106,41 @@ struct platform {
 
   static std::uintptr_t self() noexcept { return static_cast<std::uintptr_t>(me() + 1); }
   using thread = int;
-  static bool start_thread(thread&, void* (*)(void*), void*) noexcept { return false; }
-  static void join(thread) noexcept {}
+  static bool start_thread(thread&, void* (*f)(void*), void* argument) noexcept {
+    if (!Worker) return false;
+    worker_main = f;
+    worker_argument = argument;
+    worker_state.store(1, std::memory_order_release);
+    return true;
+  }
+  static void join(thread) noexcept {
+    wait_until([] { return worker_state.load(std::memory_order_acquire) == 2; });
+  }
+  static void run_worker() noexcept {
+    wait_until([] { return worker_state.load(std::memory_order_acquire) == 1; });
+    worker_main(worker_argument);
+    worker_state.store(2, std::memory_order_release);
+  }
   static bool at_fork(void (*)(), void (*)(), void (*)()) noexcept { return true; }
-  static bool at_exit(void (*)()) noexcept { return true; }
+  static bool at_exit(void (*f)()) noexcept {
+    at_process_exit = f;
+    return true;
+  }
+  /// What the system does when the process ends.
+  static void exit_process() noexcept {
+    at_process_exit();
+    worker_state.store(0, std::memory_order_relaxed);
+  }
 
  private:
   alignas(64) static inline std::byte slabs[Threads + 1][256];
   static inline std::atomic<int> interrupts[Threads + 1];
   static inline void* exit_values[Threads + 1];
   static inline void (*at_thread_exit)(void*);
+  static inline void (*at_process_exit)();
+  static inline void* (*worker_main)(void*);
+  static inline void* worker_argument;
+  static inline std::atomic<int> worker_state{0};  ///< 1: started, 2: ended
   template <class Tag, class T>
   static inline T own_variables[Threads + 1];
 };

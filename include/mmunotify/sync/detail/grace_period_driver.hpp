@@ -54,7 +54,8 @@ class grace_period_driver {
   std::uint64_t next_grace_period() const noexcept {
     // (d8) acq_rel pairs with itself: what the caller did before happens before the step to the next one, and so before
     // sections read S + 1, and before its heavy fence.
-    return begun_.fetch_add(0, std::memory_order_acq_rel) + (mutated(mutation::early_cookie) ? 0 : 1);
+    return begun_.fetch_add(0, order(std::memory_order_acq_rel, mutation::request_relaxed)) +
+           (mutated(mutation::early_cookie) ? 0 : 1);
   }
 
   /// Blocks until the grace period has ended.

@@ -89,7 +89,7 @@ class worker {
         if (!round()) Platform::yield();
       }
       runner_.store(0, std::memory_order_relaxed);
-      state_.store(state::none, std::memory_order_release);  // (k10) pairs with (k9)
+      state_.store(state::absent, std::memory_order_release);  // (k10) pairs with (k9)
     }
   }
 
@@ -115,7 +115,7 @@ class worker {
   void after_fork_child(core* domains) noexcept {
     if (!runs_here()) {
       runner_.store(0, std::memory_order_relaxed);
-      state_.store(state::none, std::memory_order_relaxed);
+      state_.store(state::absent, std::memory_order_relaxed);
       asleep_.store(false, std::memory_order_relaxed);
       stopping_.store(false, std::memory_order_relaxed);
     }
@@ -131,7 +131,7 @@ class worker {
 
  private:
   enum class state : std::uint32_t {
-    none,
+    absent,
     thread,    ///< there is a worker thread
     stand_in,  ///< somebody in a barrier does its work
   };
@@ -140,7 +140,7 @@ class worker {
 
   bool stand_in() noexcept {
     const std::lock_guard lock(mutex_);
-    if (state_.load(std::memory_order_acquire) != state::none) return false;  // (k9)
+    if (state_.load(std::memory_order_acquire) != state::absent) return false;  // (k9)
     runner_.store(Platform::self(), std::memory_order_relaxed);
     state_.store(state::stand_in, std::memory_order_relaxed);
     return true;
@@ -150,7 +150,7 @@ class worker {
     const std::lock_guard lock(w.mutex_);
     // (k9) acquire pairs with (k10): what the one before left is complete.
     const state now = w.state_.load(std::memory_order_acquire);
-    if (now != state::none) return now == state::thread;
+    if (now != state::absent) return now == state::thread;
     if (!w.stop_at_exit_) w.stop_at_exit_ = Platform::at_exit(&stop);
     if (!w.stop_at_exit_ || !Platform::start_thread(w.thread_, &main, &w)) return false;
     w.state_.store(state::thread, std::memory_order_release);  // (k10)
@@ -171,7 +171,7 @@ class worker {
     {
       const std::lock_guard lock(w.mutex_);
       w.stopping_.store(false, std::memory_order_relaxed);
-      w.state_.store(state::none, std::memory_order_seq_cst);  // (k10), (q8) pairs with (q7)
+      w.state_.store(state::absent, std::memory_order_seq_cst);  // (k10), (q8) pairs with (q7)
     }
     home().for_each_domain([](core& d) { d.nobody_works(); });
   }
@@ -179,8 +179,10 @@ class worker {
   static void* main(void* argument) noexcept {
     auto& w = *static_cast<worker*>(argument);
     w.runner_.store(Platform::self(), std::memory_order_relaxed);
-    while (!w.stopping_.load(std::memory_order_relaxed)) {
+    while (true) {
+      // Before the look whether it shall stop, and at everything else that a kick may be about.
       const std::uint32_t seen = w.rounds_.load(std::memory_order_acquire);  // (k8) pairs with (k5)
+      if (w.stopping_.load(std::memory_order_relaxed)) break;
       if (w.round()) continue;
       w.asleep_.store(true, std::memory_order_seq_cst);         // (k7) pairs with (k6)
       if (w.rounds_.load(std::memory_order_seq_cst) == seen) {  // (k8) pairs with (k5)
@@ -289,7 +291,7 @@ class worker {
   std::atomic<std::uint32_t> rounds_{0};
   std::atomic<bool> asleep_{false};
   std::atomic<bool> stopping_{false};
-  std::atomic<state> state_{state::none};
+  std::atomic<state> state_{state::absent};
   std::atomic<std::uintptr_t> runner_{0};  ///< Platform::self() of whoever runs callbacks
   bool (*start_)(worker&) noexcept = nullptr;
 
