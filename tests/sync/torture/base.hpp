@@ -274,7 +274,7 @@ inline void fill_store_buffer(small_random& random) noexcept {
     std::uint32_t word;
   };
   static std::array<line, lines> far_away{};
-  for (int i = 0; i < 24; ++i) std::atomic_ref(far_away[random() % lines].word).store(1, std::memory_order_relaxed);
+  for (int i = 0; i < 56; ++i) std::atomic_ref(far_away[random() % lines].word).store(1, std::memory_order_relaxed);
 }
 
 inline void dwell(small_random& random) noexcept {

@@ -72,7 +72,7 @@ class published {
   }
 
   void read_plain() noexcept {
-    const bool late = self->random.below(4) == 0;
+    const bool late = self->random.below(2) == 0;
     if (late) fill_store_buffer(self->random);
     const section s(domain_);
     const sight x = look(self->random);
