@@ -187,7 +187,7 @@ void start_workers(crew& c) {
   });
   c.add("nomads", no_index, [] { perform(nomads, [] { nomad(); }); });
   c.add("sleeper", no_index, [] { perform(sleepers, [] { sleep_somewhere(); }); });
-  if (!MMUNOTIFY_TSAN) c.add("forks", no_index, [] { perform(forks, [] { fork_one(); }); });
+  if (has_forks) c.add("forks", no_index, [] { perform(forks, [] { fork_one(); }); });
 }
 
 /// To be started last, since grace periods look at the newest threads first: so they look soon.
@@ -465,7 +465,8 @@ bool read_options(int argc, char** argv) {
                           : false;
     if (!good) return false;
   }
-  return argc % 2 == 1;
+  if (!has_forks) options.activities &= ~std::uint32_t{forks};
+  return argc % 2 == 1 && options.activities != 0;
 }
 
 }  // namespace
@@ -480,7 +481,7 @@ int main(int argc, char** argv) {
     return 2;
   }
   std::printf("MMUNOTIFY_SEED=%" PRIu64 " seconds=%g%s\n", options.seed, options.seconds,
-              MMUNOTIFY_TSAN ? " (ThreadSanitizer: no forks)" : "");
+              has_forks ? "" : " (a sanitizer: no forks)");
   std::fflush(stdout);
   mmunotify::set_contract_handler([](const mmunotify::contract_violation& v) noexcept {
     fail("contract %s broken in %s: %s", v.rule, v.function, v.sentence);

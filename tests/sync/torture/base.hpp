@@ -19,6 +19,8 @@
 #include <pthread.h>
 #include <unistd.h>
 
+#include <mmunotify/config.hpp>
+
 #include "support/threads.hpp"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -33,6 +35,10 @@
 #endif
 
 namespace torture {
+
+/// Sanitizers do not survive a fork beside threads: AddressSanitizer's allocator is left locked in the child, and
+/// ThreadSanitizer starts no threads there.
+inline constexpr bool has_forks = !TORTURE_ASAN && !MMUNOTIFY_TSAN;
 
 /// What can be switched on and off, --only's words.
 enum activity : std::uint32_t {

@@ -176,7 +176,7 @@ inline void nomad() {
 // --------------------------------------------------------------------------------------------------------------
 
 /// Forks while other threads are inside their sections, and this one, now and then, in one of its own. The child uses
-/// every domain and exits. Not under ThreadSanitizer, which has no threads in the child of a process with threads.
+/// every domain and exits. See has_forks.
 inline void fork_one() {
   static auto* const step = [] {
     void* const p =
