@@ -305,8 +305,6 @@ void run_phases() {
       w.look();
     }
   }
-  stop.store(true, std::memory_order_release);
-  change_active(1U << 31);  // no activity's, so that the parked ones find it changed
 }
 
 void print_histogram(const char* name, std::array<counter, bins> thread_state::*which) {
@@ -363,7 +361,9 @@ void torture_all(srcu_domain& with_executor, event_loop& loop) {
   });
   start_workers(workers);
   corner.start(workers);
-  sender.add("signals", no_index, [] { perform(signals, [] { send_signal(); }); });
+  std::atomic<bool> no_more_signals{false};
+  const auto nothing = [] {};
+  sender.add("signals", no_index, [&] { perform(signals, send_signal, nothing, no_more_signals); });
   receivers.add("third", no_index, [&] {
     perform(third, [] {
       for (any_arena* a : arenas) a->receive_one();
@@ -387,7 +387,12 @@ void torture_all(srcu_domain& with_executor, event_loop& loop) {
     for (watcher w; !closed.load(std::memory_order_acquire); w.look())
       std::this_thread::sleep_for(std::chrono::milliseconds(10));
   });
+  // The sender knows threads by their handles, so it goes before any of them.
+  no_more_signals.store(true, std::memory_order_release);
+  change_active(end_of_signals);
   sender.join();
+  stop.store(true, std::memory_order_release);
+  change_active(end_of_all);
   workers.join();
   no_more_mail.store(true, std::memory_order_release);
   receivers.join();

@@ -33,6 +33,10 @@ inline std::uint64_t choose(small_random& random, std::uint64_t n,
 
 inline bool is_active(std::uint32_t a) noexcept { return (active.load(std::memory_order_relaxed) & a) != 0; }
 
+// What wakes the parked ones so that they look whether they may go: no activity's bits.
+inline constexpr std::uint32_t end_of_signals = 1U << 30;
+inline constexpr std::uint32_t end_of_all = 1U << 31;
+
 inline void change_active(std::uint32_t mask) noexcept {
   active.store(mask, std::memory_order_relaxed);
   mmunotify::linux_platform::wake(active);
@@ -40,8 +44,8 @@ inline void change_active(std::uint32_t mask) noexcept {
 
 /// Calls step() until the end, parked while the activity is off; before_parking() leaves nothing open behind.
 template <class Step, class BeforeParking>
-void perform(std::uint32_t a, Step step, BeforeParking before_parking) {
-  while (!stop.load(std::memory_order_acquire)) {
+void perform(std::uint32_t a, Step step, BeforeParking before_parking, const std::atomic<bool>& end = stop) {
+  while (!end.load(std::memory_order_acquire)) {
     const std::uint32_t mask = active.load(std::memory_order_relaxed);
     if ((mask & a) == 0) {
       before_parking();
