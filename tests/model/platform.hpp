@@ -21,8 +21,8 @@
 
 namespace model {
 
-/// Threads: how many besides main. Spins: 1, so that a grace period waits; 0, so that it sleeps. Worker: there is one, a
-/// thread of the program's that calls run_worker().
+/// Threads: how many besides main. Spins: 1, so that a grace period waits; 0, so that it sleeps. Worker: there is one,
+/// a thread of the program's that calls run_worker().
 template <int Threads, int Spins = 1, bool Worker = false>
 struct platform {
   static constexpr std::uint32_t slots = 4;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 
 // S4, S7: the worker runs a callback after its grace period, although it was about to sleep when the callback was
-// queued, and although a section held the callback back. Thread 1 is the worker, thread 2 has a section; main unlinks an
-// object, queues its destruction, waits for a barrier and ends the worker.
+// queued, and although a section held the callback back. Thread 1 is the worker, thread 2 has a section; main unlinks
+// an object, queues its destruction, waits for a barrier and ends the worker.
 
 #include "platform.hpp"
 
@@ -28,8 +28,7 @@ struct worker {
         domain_.barrier();
         model::check(object_.done, "L8: a callback that was queued before a barrier has run when it returns");
         return platform::exit_process();
-      case 1:
-        return platform::run_worker();
+      case 1: return platform::run_worker();
       default: {
         const auto token = domain_.read_lock();
         const element* const o = shared_.load(std::memory_order_acquire);
