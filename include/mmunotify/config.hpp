@@ -138,6 +138,7 @@ enum class mutation : int {
   no_handoff_scan = 24,            ///< grace periods do not wait for hand-off sections
   torn_key = 25,                   ///< a static key is on before every processor runs the changed code
   request_relaxed = 26,            ///< (d8)
+  push_release_only = 27,          ///< (q1): who pushes a callback need not see what those before have counted
 };
 
 /// True in the build that has this one protection removed.
