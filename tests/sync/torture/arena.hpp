@@ -109,6 +109,7 @@ class arena final : public any_arena, public updated<Domain> {
       const auto x = this->look(self->random);
       this->verify(x);
     }
+    this->drain_handoffs();
     this->domain_.synchronize();
     done();
     const auto c = this->domain_.start_poll();

@@ -185,8 +185,6 @@ inline void fork_one() {
     return new (p) std::atomic<std::uint64_t>{0};
   }();
   step->store(0, std::memory_order_relaxed);
-  handoff_gate.closed.store(true, std::memory_order_seq_cst);
-  while (handoff_gate.open.load(std::memory_order_seq_cst) != 0) std::this_thread::yield();
 
   pid_t child = -1;
   any_arena& held = some_arena();
@@ -208,7 +206,6 @@ inline void fork_one() {
     held.use_in_child(*step);
     ::_exit(0);
   }
-  handoff_gate.closed.store(false, std::memory_order_seq_cst);
   if (child < 0) return std::this_thread::yield();
 
   in_flight f("a forked child", arenas[0]->arena_name());
