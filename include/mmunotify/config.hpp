@@ -170,7 +170,8 @@ MMUNOTIFY_COLD void violated(const char* rule, const char* function, const char*
 
 }  // namespace detail
 
-/// Replaces the handler (default: one line on stderr, then abort).
+/// Replaces the handler (default: one line on stderr, then abort). Each copy of the library (shared objects with hidden
+/// visibility) has its own.
 /// Returns: the previous handler. nullptr restores the default. Progress: wait-free.
 inline contract_handler set_contract_handler(contract_handler h) noexcept {
   // (cfg2) release pairs with (cfg1).

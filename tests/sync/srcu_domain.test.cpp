@@ -8,7 +8,6 @@
 #include <cerrno>
 #include <cstdint>
 #include <fstream>
-#include <iostream>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -722,12 +721,14 @@ TEST_CASE_TEMPLATE("S8: the forking thread may exit in the child, as may a threa
   for (int i = 0; i < 10; ++i) {
     std::thread forker([&] {
       { const basic_read_section s(domain); }
-      std::cout.flush();  // or the child would print it again
       const pid_t child = MMUNOTIFY_TSAN ? -1 : ::fork();
       if (child == 0) {
         std::thread([&] { const basic_read_section s(domain); }).join();
         domain.synchronize();
-        ::pthread_exit(nullptr);  // the last thread: the process ends with status 0
+        std::thread([self = ::pthread_self()] {
+          ::_exit(::pthread_join(self, nullptr));  // its exit handlers have run
+        }).detach();
+        ::pthread_exit(nullptr);
       }
       int status = 0;
       while (child > 0 && ::waitpid(child, &status, 0) < 0 && errno == EINTR) {

@@ -202,7 +202,8 @@ TEST_CASE("D4: threads run through a test while it flips 10 000 times, and each 
   watcher.join();
   CHECK(first.checked() > 0);
   CHECK(looks > 0);
-  CHECK(writable_code.load() == 0);  // no page is writable and executable at any moment
+  // No page is writable and executable at any moment. (Valgrind, where nothing is patched, has such pages of its own.)
+  if (live()) CHECK(writable_code.load() == 0);
   CHECK_FALSE(first_is_on());
   for (const auto* s : sites_of("test.first")) CHECK(mapping_of(s).permissions.substr(0, 3) == "r-x");
 }
