@@ -147,6 +147,8 @@ struct linux_platform {
     signal_guard() noexcept {
       sigset_t all;
       ::sigfillset(&all);
+      // Those that a thread sends to itself by what it does: blocked, they would kill it without its handler.
+      for (const int s : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGSYS}) ::sigdelset(&all, s);
       ::pthread_sigmask(SIG_SETMASK, &all, &saved_);
     }
     ~signal_guard() { ::pthread_sigmask(SIG_SETMASK, &saved_, nullptr); }
