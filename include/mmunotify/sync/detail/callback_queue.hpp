@@ -54,14 +54,14 @@ class callback_queue : public grace_period_driver<Platform> {
     }
     if (!count_one(bound == 0 || bound > max_count ? max_count : bound)) return errc::again;
     if (!used_.load(std::memory_order_relaxed)) used_.store(true, std::memory_order_relaxed);
+    // (q1) acq_rel pairs with (q2): what the caller did before happens before the callback; and with itself, also
+    // through (q2): who pushes later has counted later, as far as a barrier after it can tell.
     constexpr auto pushed =
-        mutated(mutation::push_release_only) ? std::memory_order_release : std::memory_order_acq_rel;
+        mutated(mutation::push_release_only) ? std::memory_order_release : std::memory_order_acq_rel;  // (q1)
     head.function = function;
     srcu_head* newest = incoming_.load(std::memory_order_relaxed);
     do {
       head.next = newest;
-      // (q1) acq_rel pairs with (q2): what the caller did before happens before the callback; and with itself, also
-      // through (q2): who pushes later has counted later, as far as a barrier after it can tell.
     } while (!incoming_.compare_exchange_weak(newest, &head, pushed, std::memory_order_relaxed));
     if (newest == nullptr) {  // otherwise whoever queued the first one has said so
       if (schedule_ != nullptr) {
