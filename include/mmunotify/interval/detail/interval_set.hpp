@@ -1,0 +1,425 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+// The intervals of one space: who is called by a bracket, who comes and goes meanwhile. No lock anywhere, no allocation
+// on a bracket's way.
+//
+// A bracket enters (interval_context.hpp), walks the index by class and address, and calls the entries that hear it
+// (interval_entry.hpp): the same ones, in the same order, at start and at end. It is inside one read section from start
+// to end, so that what it calls stays linked.
+//
+// insert:  pin the leaf; link; settle born; look for brackets in flight that overlap and do not know it: then the
+//          interval is pending (C5).
+// remove:  settle dead; grace period (those who call it have ended); mark and sweep; unpin the leaf; grace period.
+// resize:  a second entry for the new range, and when it is linked and born, the first one dies. In between a bracket
+//          calls both: an address that stays covered is covered all the time (C6). The entry that an interval was inserted
+//          with lies in it, and is unlinked only with it; others are allocated, and freed after grace periods.
+//
+// Orderings: (in1), (in2) of interval_notifier.hpp; those of the parts.
+
+#include <atomic>
+#include <cstdint>
+#include <new>
+#include <thread>
+
+#include <mmunotify/base/range.hpp>
+#include <mmunotify/base/result.hpp>
+#include <mmunotify/config.hpp>
+#include <mmunotify/interval/detail/bucket_trie.hpp>
+#include <mmunotify/interval/detail/interval_context.hpp>
+#include <mmunotify/interval/detail/interval_entry.hpp>
+#include <mmunotify/interval/interval_notifier.hpp>
+#include <mmunotify/notifier/two_pass.hpp>
+#include <mmunotify/observe/observe.hpp>
+#include <mmunotify/sync/srcu_domain.hpp>
+
+MMUNOTIFY_BEGIN_NAMESPACE
+namespace detail {
+
+template <address_key Key>
+class interval_set {
+  using entry = interval_entry<Key>;
+  using phase = typename basic_interval<Key>::phase;
+
+ public:
+  using interval = basic_interval<Key>;
+  using range_type = basic_range<Key>;
+  using invalidation_type = basic_invalidation<Key>;
+  using memo = flight_memo;
+
+  /// The domain outlives the set. Brackets hold a section of it from before start to after end.
+  explicit interval_set(srcu_domain& domain) noexcept : context_(domain), index_(domain) {}
+  /// Preconditions: nothing is registered (L1, checked); not inside a section or callback of the domain if intervals
+  /// have been removed asynchronously: it waits for that.
+  ~interval_set() {
+    if (!index_.empty()) context_.domain.barrier();
+    if (!index_.empty()) violated("L1", "~interval_set", "intervals are still registered");
+  }
+  interval_set(const interval_set&) = delete;
+  interval_set& operator=(const interval_set&) = delete;
+
+  /// Returns: true if nothing is linked. May be stale on arrival.
+  bool empty() const noexcept { return index_.empty(); }
+
+  // --- Brackets. Precondition of each: inside a read section of the domain, i.range is not empty. -----------------
+
+  /// Effects: calls the starts; second passes are added to `passes`, for the caller to finish. Returns: false if i is
+  /// not blockable and a client, or a turn, refused: then those who got the start have got the end, what was begun is
+  /// finished, and every sequence is as before (P3, P4). Otherwise end() or cancel() with the same i and memo is due.
+  template <observe::observer O>
+  [[nodiscard]] bool start(const invalidation_type& i, memo& m, pending_passes<Key>& passes, O& observer) noexcept {
+    if (!context_.enter(number_of(i.range.first), number_of(i.range.last), i.blockable, m)) return false;
+    std::uint64_t calls = 0;
+    const entry* refused = nullptr;
+    for_audience(i, m.version(), [&](entry& e) {
+      e.owner->word_.raise();
+      ++calls;
+      if (call_start(e, i, passes)) [[likely]]
+        return true;
+      if (i.blockable) [[unlikely]] {
+        violated("P3", "invalidate_range_start", "a client refused a start that is blockable; it counts as done");
+        return true;
+      }
+      refused = &e;
+      return false;
+    });
+    observer.note(observe::occurrence::callback, calls);
+    if (refused == nullptr) [[likely]]
+      return true;
+    passes.finish_all(i);
+    call_ends<true>(i, m, observer, refused);
+    return false;
+  }
+
+  /// Effects: calls the ends, in the order of the starts; the sequences move on.
+  template <observe::observer O>
+  void end(const invalidation_type& i, memo m, O& observer) noexcept {
+    call_ends<false>(i, m, observer, nullptr);
+  }
+  /// The same for a bracket that another subscriber refused: the sequences are as before (P4).
+  template <observe::observer O>
+  void cancel(const invalidation_type& i, memo m, O& observer) noexcept {
+    call_ends<true>(i, m, observer, nullptr);
+  }
+
+  /// Effects: asks the hook, with clipped ranges; stops at the first yes if FirstYes, else asks all and ORs (O5).
+  template <bool FirstYes, observe::observer O>
+  bool ask_young(young_hook<Key> hook, range_type r, O& observer) noexcept {
+    bool young = false;
+    std::uint64_t calls = 0;
+    for_present(r, [&](entry& e) {
+      const auto ask = e.owner->operations_->*hook;
+      if (ask == nullptr) return true;
+      ++calls;
+      young |= ask(e.owner->client_, r.clipped_to(e.range));
+      return !(FirstYes && young);
+    });
+    observer.note(observe::occurrence::callback, calls);
+    return young;
+  }
+
+  /// Effects: tells everybody in the range to flush what walks the primary's tables (O4). Progress: wait-free.
+  template <observe::observer O>
+  void invalidate_secondary_tlbs(range_type r, O& observer) noexcept {
+    std::uint64_t calls = 0;
+    for_present(r, [&](entry& e) {
+      const auto flush = e.owner->operations_->invalidate_secondary_tlbs;
+      if (flush == nullptr) return true;
+      ++calls;
+      flush(e.owner->client_, r.clipped_to(e.range));
+      return true;
+    });
+    observer.note(observe::occurrence::callback, calls);
+  }
+
+  // --- Intervals. -------------------------------------------------------------------------------------------------
+
+  /// Effects: brackets that start from now on, and overlap r, call n; those in flight that overlap r keep n's faults
+  /// waiting (C5). Errors: bad_range (empty or reversed), already_registered, no_memory, no_slot: nothing has changed.
+  /// Progress: lock-free, but for the allocator. Context: anywhere but signal handlers, also in callbacks (C6).
+  errc insert(interval& n, range_type r) noexcept {
+    if (const errc e = may_change(r); e != errc::ok) return e;
+    if (!move(n, phase::idle, phase::joining)) return errc::already_registered;
+    const read_section s(context_.domain);
+    if (const errc e = prepare(n.first_entry_, n, r); e != errc::ok) {
+      settle(n, phase::idle);
+      return e;
+    }
+    become_current(n, n.first_entry_);
+    publish(n, n.first_entry_);
+    settle(n, phase::live);
+    return errc::ok;
+  }
+
+  /// Effects: no bracket that starts from now on calls n; those in flight end first. Returns: ok, and no callback of n
+  /// is running or will run (L1), and it may be inserted again, or destroyed; not_registered (here, or another removes
+  /// it); would_deadlock in a callback or an open bracket of the space (L7). Progress: blocking, two grace periods.
+  errc remove(interval& n) noexcept {
+    if (context_.domain.held_by_this_thread()) return errc::would_deadlock;
+    if (!claim_removal(n)) return errc::not_registered;
+    kill_all(n);
+    if constexpr (!mutated(mutation::interval_unlink_at_once)) context_.domain.synchronize();
+    unlink_all(n);
+    context_.domain.synchronize();
+    settle(n, phase::idle);
+    return errc::ok;
+  }
+
+  /// Effects: the same, without waiting: done(n), if it is not null, is called as a callback of the domain when n is
+  /// free; it may insert or destroy it. Errors: not_registered. Progress: lock-free. Context: anywhere but signal
+  /// handlers, also in callbacks, n's own too.
+  errc remove_async(interval& n, void (*done)(interval&) noexcept = nullptr) noexcept {
+    if (!claim_removal(n)) return errc::not_registered;
+    n.removal_.interval = &n;
+    n.removal_.set = this;
+    n.removal_.done = done;
+    kill_all(n);
+    return context_.domain.call_unbounded(n.removal_, &unlink_later);
+  }
+
+  /// Effects: n covers r from now on. Addresses in both ranges are covered all the time; a bracket over them may call n
+  /// twice (each with its clip, and as many ends). Errors: bad_range, not_registered, no_memory; again if another
+  /// resizes it at the same time: nothing has changed. Progress, context: as insert.
+  errc resize(interval& n, range_type r) noexcept {
+    if (const errc e = may_change(r); e != errc::ok) return e;
+    if (const errc e = claim(n, phase::changing); e != errc::ok) return e;
+    const read_section s(context_.domain);
+    auto* const next = new_entry(n, r);
+    if (next != nullptr) replace(n, *next);
+    settle(n, phase::live);
+    return next != nullptr ? errc::ok : errc::no_memory;
+  }
+
+  /// Effects: n keeps what is below `at`, `upper` gets the rest. No address is uncovered in between. Errors: as resize,
+  /// bad_range also if `at` is not strictly inside n, already_registered for `upper`: nothing has changed.
+  errc split(interval& n, Key at, interval& upper) noexcept {
+    if (const errc e = context_.domain.attach_this_thread(); e != errc::ok) return e;
+    if (const errc e = claim(n, phase::changing); e != errc::ok) return e;
+    const read_section s(context_.domain);
+    const errc e = split_claimed(n, at, upper);
+    settle(n, phase::live);
+    return e;
+  }
+
+  /// Calls f(interval) for those that overlap r and are registered, by class and address, until it says false.
+  /// Context: f may do what a callback may do.
+  template <class F>
+  void for_each(range_type r, F&& f) noexcept {
+    const read_section s(context_.domain);
+    for_present(r, [&](entry& e) { return static_cast<bool>(f(*e.owner)); });
+  }
+
+ private:
+  // --- Walks. -----------------------------------------------------------------------------------------------------
+
+  template <class F>
+  [[gnu::always_inline]] void for_overlapping(const range_type& r, std::uint64_t g, F&& f) noexcept {
+    index_.walk(number_of(r.first), number_of(r.last), [&](entry& e) {
+      if (!e.range.overlaps(r) || !e.hears(g, context_.clock)) return true;
+      return f(e);
+    });
+  }
+  template <class F>
+  [[gnu::always_inline]] void for_audience(const invalidation_type& i, std::uint64_t g, F&& f) noexcept {
+    for_overlapping(i.range, g, [&](entry& e) { return !e.owner->wants(i) || f(e); });
+  }
+  template <class F>
+  void for_present(const range_type& r, F&& f) noexcept {
+    if (!r.empty()) for_overlapping(r, context_.clock.read(), f);
+  }
+
+  /// Returns: false if the client refused.
+  static bool call_start(entry& e, const invalidation_type& i, pending_passes<Key>& passes) noexcept {
+    const operations<Key>& o = *e.owner->operations_;
+    if (o.start != nullptr) return o.start(e.owner->client_, clipped(i, e.range));
+    if (o.begin == nullptr) return true;
+    const basic_first_pass<Key> p = o.begin(e.owner->client_, clipped(i, e.range));
+    if (p.is_refused()) return false;
+    if (p.token() != nullptr) passes.add(*p.token(), &finish, &e);
+    return true;
+  }
+  static void finish(void* context, basic_two_pass_token<Key>& t, const invalidation_type& i) noexcept {
+    const entry& e = *static_cast<const entry*>(context);
+    e.owner->operations_->finish(e.owner->client_, t, clipped(i, e.range));
+  }
+
+  /// up_to: the last one that got the start, null for everybody.
+  template <bool Cancelled, observe::observer O>
+  void call_ends(const invalidation_type& i, memo m, O& observer, const entry* up_to) noexcept {
+    std::uint64_t calls = 0;
+    for_audience(i, m.version(), [&](entry& e) {
+      interval& n = *e.owner;
+      // First the word: in its end hook a client may fault again.
+      if (Cancelled ? n.word_.cancel() : n.word_.lower()) [[unlikely]]
+        n.wake();
+      if (n.operations_->end != nullptr) {
+        ++calls;
+        n.operations_->end(n.client_, clipped(i, e.range));
+      }
+      return &e != up_to;
+    });
+    context_.leave(m);
+    observer.note(observe::occurrence::callback, calls);
+  }
+
+  // --- Changes. ---------------------------------------------------------------------------------------------------
+
+  static bool move(interval& n, phase from, phase to) noexcept {
+    std::uint32_t expected = from;
+    // (in2) acquire pairs with (in1)
+    return n.phase_.compare_exchange_strong(expected, to, std::memory_order_acquire, std::memory_order_relaxed);
+  }
+  static void settle(interval& n, phase p) noexcept {
+    if (p == phase::idle) n.context_.store(nullptr, std::memory_order_relaxed);
+    n.phase_.store(p, std::memory_order_release);  // (in1) pairs with (in2)
+  }
+
+  errc may_change(const range_type& r) noexcept {
+    return r.empty() ? errc::bad_range : context_.domain.attach_this_thread();
+  }
+
+  /// Returns: true if n is registered here, and ours to remove. A resize in the way is waited for: it takes no time.
+  bool claim_removal(interval& n) noexcept {
+    while (true) {
+      const errc e = claim(n, phase::leaving);
+      if (e != errc::again) return e == errc::ok;
+      std::this_thread::yield();
+    }
+  }
+  /// Errors: not_registered, again if another changes it.
+  errc claim(interval& n, phase to) noexcept {
+    if (!is_here(n)) return errc::not_registered;
+    if (!move(n, phase::live, to)) {
+      return n.phase_.load(std::memory_order_acquire) == phase::changing ? errc::again  // (in2)
+                                                                         : errc::not_registered;
+    }
+    if (is_here(n)) return errc::ok;
+    n.phase_.store(phase::live, std::memory_order_release);  // (in1): it has moved to another set meanwhile
+    return errc::not_registered;
+  }
+  bool is_here(const interval& n) const noexcept {
+    return n.context_.load(std::memory_order_acquire) == &context_;  // (in2) pairs with (in1)
+  }
+
+  /// The entry's place exists and stays.
+  errc prepare(entry& e, interval& n, const range_type& r) noexcept {
+    e.renew(n, r);
+    e.place = index_.pin_leaf(e.bucket());
+    return e.place != nullptr ? errc::ok : errc::no_memory;
+  }
+  void become_current(interval& n, entry& e) noexcept {
+    n.current_.store(&e, std::memory_order_release);           // (in1) pairs with (in2)
+    n.context_.store(&context_, std::memory_order_release);  // (in1)
+  }
+
+  /// Links a prepared entry; when it returns, every bracket that overlaps it calls it or keeps its faults waiting.
+  void publish(interval& n, entry& e) noexcept {
+    const std::uint64_t bucket = e.bucket().bucket;
+    index_.mark_used(e.place, bucket);
+    marked_list::push_front(e.place->list(bucket), e);
+    const std::uint64_t born = e.bear(context_.clock);  // (if3)
+    if constexpr (mutated(mutation::interval_no_look_in_flight)) return;
+    const bool overflows = context_.flights.overflows();
+    if (overflows) n.beside_overflow_.store(born, std::memory_order_release);  // (in5) pairs with (in6)
+    flight_slot* slot = nullptr;
+    std::uint32_t life = 0;
+    if (overflows || interval::find_stranger(context_, e, slot, life)) n.word_.set_pending();
+  }
+
+  void kill_all(interval& n) noexcept { n.current_.load(std::memory_order_relaxed)->kill(context_.clock); }
+
+  /// Precondition: dead, and no bracket that calls it is in flight.
+  void unlink(entry& e) noexcept {
+    const read_section s(context_.domain);  // H1
+    marked_list::mark(e);
+    marked_list::sweep(e.place->list(e.bucket().bucket));
+    index_.unpin(e.place);
+    e.place = nullptr;
+  }
+  /// The entry that was inserted, and the current one, which then goes with the interval.
+  void unlink_all(interval& n) noexcept {
+    entry* const current = n.current_.load(std::memory_order_relaxed);
+    if (current != &n.first_entry_) retire(static_cast<spare_entry&>(*current));
+    unlink(n.first_entry_);
+  }
+  static void unlink_later(srcu_head* h) noexcept {
+    auto& r = *static_cast<typename interval::removal*>(h);
+    srcu_domain& domain = r.set->context_.domain;
+    r.set->unlink_all(*r.interval);  // with the last one the set may go
+    static_cast<void>(domain.call_unbounded(r, [](srcu_head* again) noexcept {
+      const auto& over = *static_cast<typename interval::removal*>(again);
+      interval& n = *over.interval;
+      const auto done = over.done;
+      settle(n, phase::idle);
+      if (done != nullptr) done(n);
+    }));
+  }
+
+  // --- Resizing. --------------------------------------------------------------------------------------------------
+
+  /// An entry that is not part of its interval.
+  struct spare_entry : entry, srcu_head {
+    interval_set* set = nullptr;
+  };
+
+  /// Returns: a prepared entry; nullptr without memory.
+  spare_entry* new_entry(interval& n, const range_type& r) noexcept {
+    auto* const e = new (std::nothrow) spare_entry;
+    if (e == nullptr) return nullptr;
+    e->set = this;
+    if (prepare(*e, n, r) == errc::ok) return e;
+    delete e;
+    return nullptr;
+  }
+  void abandon(spare_entry& e) noexcept {
+    index_.unpin(e.place);
+    delete &e;
+  }
+
+  /// The interval's current entry is `next` from now on.
+  void replace(interval& n, spare_entry& next) noexcept {
+    entry& old = *n.current_.load(std::memory_order_relaxed);
+    if constexpr (mutated(mutation::interval_shrinks_first)) old.kill(context_.clock);
+    become_current(n, next);
+    publish(n, next);
+    if constexpr (!mutated(mutation::interval_shrinks_first)) old.kill(context_.clock);
+    if (&old != &n.first_entry_) {
+      // Its brackets may be in flight; then it is unlinked, and one grace period later freed.
+      static_cast<void>(context_.domain.call_unbounded(static_cast<spare_entry&>(old), [](srcu_head* h) noexcept {
+        auto& e = *static_cast<spare_entry*>(h);
+        e.set->retire(e);
+      }));
+    }
+  }
+  /// Unlinks an entry that no bracket calls any more, and frees it when nobody stands on it.
+  void retire(spare_entry& e) noexcept {
+    srcu_domain& domain = context_.domain;
+    unlink(e);  // with the last one the set may go
+    static_cast<void>(domain.call_unbounded(e, [](srcu_head* h) noexcept { delete static_cast<spare_entry*>(h); }));
+  }
+
+  errc split_claimed(interval& n, Key at, interval& upper) noexcept {
+    const range_type whole = n.current_.load(std::memory_order_relaxed)->range;
+    const range_type low{whole.first, at};
+    const range_type high{at, whole.last};
+    if (low.empty() || high.empty()) return errc::bad_range;
+    if (!move(upper, phase::idle, phase::joining)) return errc::already_registered;
+    spare_entry* const shorter = new_entry(n, low);
+    if (shorter == nullptr || prepare(upper.first_entry_, upper, high) != errc::ok) {
+      if (shorter != nullptr) abandon(*shorter);
+      settle(upper, phase::idle);
+      return errc::no_memory;
+    }
+    become_current(upper, upper.first_entry_);
+    publish(upper, upper.first_entry_);
+    settle(upper, phase::live);
+    replace(n, *shorter);
+    return errc::ok;
+  }
+
+  interval_context context_;
+  bucket_trie<entry> index_;
+};
+
+}  // namespace detail
+MMUNOTIFY_END_NAMESPACE
