@@ -64,6 +64,7 @@ struct open_bracket {
   basic_invalidation<Key> i;
   registry<Key>* audience;
   std::uint64_t version;
+  void* intervals;  ///< what the intervals remember of it
 };
 static_assert(sizeof(open_bracket<std::uint64_t>) <= sizeof(thread_cells<linux_platform::cells>::cell));
 
@@ -91,7 +92,25 @@ template <address_key Key>
   auto* const b = new (cell) open_bracket<Key>;
   b->audience = &r;
   b->version = r.version();
+  b->intervals = nullptr;
   return b;
+}
+
+/// How a bracket starts.
+enum class manner : std::uint8_t {
+  blocking,
+  nonblocking,  ///< clients may refuse
+  in_place,     ///< translations are replaced and told by change_entry
+};
+
+template <address_key Key>
+[[gnu::always_inline]] inline void describe(basic_invalidation<Key>& i, basic_range<Key> r, event e, const void* owner,
+                                            manner m) noexcept {
+  i.range = r;
+  i.event = e;
+  i.owner = owner;
+  i.blockable = m != manner::nonblocking;
+  i.in_place = m == manner::in_place;
 }
 
 /// Registries that serve no space at the moment. They are never given back to the system (see above).
@@ -100,7 +119,6 @@ class registry_pool {
  public:
   struct entry : registry<Key> {
     entry* next = nullptr;
-    void* gate = nullptr;  ///< the gate that it serves; written while nobody can find it
   };
 
   /// Returns: nullptr if memory is exhausted.

@@ -17,6 +17,8 @@ class tracked_gate {
  public:
   using node = basic_subscriber<Key>;
 
+  using done_hook = typename registry<Key>::done_hook;
+
   /// Null: nobody was called.
   using ticket = open_bracket<Key>*;
 
@@ -26,11 +28,16 @@ class tracked_gate {
 
   // Dekker: registration links the node, then waits for a grace period; a bracket enters the section, then looks for
   // nodes. Either the bracket sees the node, or the registration waits for the bracket.
+  template <manner M = manner::blocking>
   [[gnu::always_inline]] ticket start(basic_range<Key> r, event e, const void* owner) noexcept {
     std::byte* const slab = registry_.domain().read_lock_unordered();
     if (!armed()) [[likely]]
       return nullptr;
-    return start_armed(slab, r.first, r.last, e, owner);
+    return start_armed<M>(slab, r.first, r.last, e, owner);
+  }
+
+  [[gnu::always_inline]] ticket start_in_place(basic_range<Key> r, event e, const void* owner) noexcept {
+    return start<manner::in_place>(r, e, owner);
   }
 
   [[gnu::always_inline]] void end(ticket t) noexcept {
@@ -53,22 +60,21 @@ class tracked_gate {
   /// A disarmed bracket is a section all the same, and too small to be put out of line.
   static constexpr bool closure_out_of_line = false;
 
-  template <bool FirstYes>
-  bool ask_young(young_hook<Key> hook, basic_range<Key> r) noexcept {
+  /// Returns: ask(registry, observer), asked in the section of those who are registered; a default value if nobody is.
+  template <class Ask>
+  auto ask(Ask f) noexcept -> decltype(f(std::declval<registry<Key>&>(), std::declval<Observer&>())) {
     if (!armed()) [[likely]]
-      return false;
-    return ask_young_armed<FirstYes>(hook, r);
+      return decltype(ask_armed(f))();
+    return ask_armed(f);
   }
 
   // --- The cold half. ---------------------------------------------------------------------------------------------
 
-  MMUNOTIFY_COLD errc join(node& n, const void* home) noexcept {
+  /// existing: see registry::replay.
+  template <class Existing>
+  MMUNOTIFY_COLD errc join(node& n, const void* home, Existing&& existing) noexcept {
     if (const errc e = registry_.domain().status(); e != errc::ok) return e;
-    if (registry_.domain().held_by_this_thread()) {
-      violated("L7", "address_space::register_subscriber",
-               "called inside a callback or an open bracket of the same address space: it would wait for itself");
-      return errc::would_deadlock;
-    }
+    if (registry_.would_deadlock("address_space::register_subscriber")) return errc::would_deadlock;
     if (const errc e = registry<Key>::claim(n, home); e != errc::ok) return e;
     {
       const std::lock_guard lock(registry_.writers());
@@ -78,29 +84,48 @@ class tracked_gate {
       }
       registry_.link_locked(n);
     }
-    registry_.grace_period(observer_);  // P7: every bracket that may have missed the node is over
-    registry_.settle(n, observer_);
+    registry_.grace_period();  // P7: every bracket that may have missed the node is over
+    registry_.replay(n, existing);
+    registry_.settle(n);
     return errc::ok;
   }
 
   MMUNOTIFY_COLD errc leave(node& n, const void* home) noexcept {
     while (registry<Key>::where(n, home) == &registry_) {
-      const errc e = registry_.leave(
-          n, home, observer_, [] {}, [] {});
-      if (e != errc::again) return e;
+      if (const errc e = registry_.leave(n, home); e != errc::again) return e;
     }
     return registry<Key>::depart(n, home);
   }
 
+  MMUNOTIFY_COLD errc leave_async(node& n, const void* home, done_hook done) noexcept {
+    while (registry<Key>::where(n, home) == &registry_) {
+      if (const errc e = registry_.leave_async(n, home, done); e != errc::again) return e;
+    }
+    return registry<Key>::depart(n, home, done);
+  }
+
+  MMUNOTIFY_COLD errc barrier() noexcept { return registry_.barrier(); }
+
   MMUNOTIFY_COLD errc release() noexcept {
-    if (registry_.release_would_deadlock()) return errc::would_deadlock;
+    if (registry_.would_deadlock("address_space::release")) return errc::would_deadlock;
     {
       const std::lock_guard lock(registry_.writers());
       released_ = true;
       registry_.pin_locked();
     }
-    return registry_.release_all(
-        observer_, [] {}, [] {});
+    return registry_.release_all();
+  }
+
+  /// Returns: true inside a callback or a bracket of this thread.
+  bool held_by_this_thread() noexcept { return registry_.domain().held_by_this_thread(); }
+
+  /// Inside a section it is not taken: its owner may wait for this section.
+  std::unique_lock<std::mutex> sharing(errc& e) noexcept {
+    if (registry_.domain().held_by_this_thread()) {
+      e = errc::would_deadlock;
+      return {};
+    }
+    return std::unique_lock(sharing_);
   }
 
   Observer& observer() noexcept { return observer_; }
@@ -108,36 +133,35 @@ class tracked_gate {
  private:
   /// Inside the bracket's section already.
   [[gnu::always_inline]] open_bracket<Key>* make(std::byte* slab, Key first, Key last, event e, const void* owner,
-                                                 bool blockable) noexcept {
+                                                 manner m) noexcept {
     if (!is_valid<Key>({first, last})) [[unlikely]]
       return nullptr;
     open_bracket<Key>* const b = make_bracket(registry_, slab);
-    b->i.range = {first, last};
-    b->i.event = e;
-    b->i.owner = owner;
-    b->i.blockable = blockable;
+    describe(b->i, {first, last}, e, owner, m);
     return b;
   }
 
   // As in under_gate: cold ends in the primary's code, fast walks behind them.
 
+  template <manner M>
   MMUNOTIFY_COLD open_bracket<Key>* start_armed(std::byte* slab, Key first, Key last, event e,
                                                 const void* owner) noexcept {
-    return start_walk(slab, first, last, e, owner);
+    return start_walk<M>(slab, first, last, e, owner);
   }
   MMUNOTIFY_COLD void end_armed(open_bracket<Key>* b) noexcept { end_walk(b); }
 
+  template <manner M>
   MMUNOTIFY_ARMED open_bracket<Key>* start_walk(std::byte* slab, Key first, Key last, event e,
                                                 const void* owner) noexcept {
-    open_bracket<Key>* const b = make(slab, first, last, e, owner, true);
+    open_bracket<Key>* const b = make(slab, first, last, e, owner, M);
     if (b != nullptr) [[likely]]
-      registry_.call_start(b->i, b->version, observer_);
+      registry_.call_start(b->i, b->version, b->intervals, observer_);
     return b;
   }
   MMUNOTIFY_ARMED void end_walk(open_bracket<Key>* b) noexcept {
     if (!is_open(*b)) [[unlikely]]
       return;
-    registry_.call_end(b->i, b->version, observer_);
+    registry_.call_end(b->i, b->version, b->intervals, observer_);
     b->audience = nullptr;
     registry_.domain().read_unlock_unordered(b);
   }
@@ -148,22 +172,30 @@ class tracked_gate {
       static_cast<void>(is_valid<Key>({first, last}));
       return refused();
     }
-    open_bracket<Key>* const b = make(slab, first, last, e, owner, false);
-    if (b == nullptr || registry_.try_call_start(b->i, b->version, observer_)) return b;
+    open_bracket<Key>* const b = make(slab, first, last, e, owner, manner::nonblocking);
+    if (b == nullptr || registry_.try_call_start(b->i, b->version, b->intervals, observer_)) return b;
     registry_.domain().cells(slab).give_back(b);
     return refused();
   }
 
-  template <bool FirstYes>
-  MMUNOTIFY_COLD bool ask_young_armed(young_hook<Key> hook, basic_range<Key> r) noexcept {
-    if (!is_valid(r)) return false;
-    registry_.domain().read_lock_unordered();
-    const bool young = registry_.template ask_young<FirstYes>(hook, r, observer_);
-    registry_.domain().read_unlock_unordered();
-    return young;
+  template <class Ask>
+  MMUNOTIFY_COLD auto ask_armed(Ask f) noexcept {
+    struct inside {
+      srcu_domain& domain;
+      explicit inside(srcu_domain& d) noexcept : domain(d) { domain.read_lock_unordered(); }
+      ~inside() { domain.read_unlock_unordered(); }
+    };
+    const inside section(registry_.domain());
+    return f(registry_, observer_);
   }
 
-  registry<Key> registry_;
+  static constexpr gate_hooks<Key> hooks{nullptr, nullptr,
+                                         [](void* gate, observe::occurrence what, std::uint64_t n) noexcept {
+                                           static_cast<tracked_gate*>(gate)->observer_.note(what, n);
+                                         }};
+
+  registry<Key> registry_{hooks, this};
+  std::mutex sharing_;     ///< held while a shared client is made
   bool released_ = false;  ///< under the writers' mutex
   [[no_unique_address]] Observer observer_;
 };
