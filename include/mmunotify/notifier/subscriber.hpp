@@ -28,9 +28,11 @@
 MMUNOTIFY_BEGIN_NAMESPACE
 
 namespace detail {
-template <address_key Key>
+template <address_key Key, class Platform>
 class audience;
-template <address_key Key>
+template <address_key Key, class Platform>
+class roster;
+template <address_key Key, class Platform>
 class registry;
 }  // namespace detail
 template <address_key Key>
@@ -73,8 +75,12 @@ class basic_subscriber : public hlist_node {
   }
 
  private:
-  friend class detail::audience<Key>;
-  friend class detail::registry<Key>;
+  template <address_key, class>
+  friend class detail::audience;
+  template <address_key, class>
+  friend class detail::roster;
+  template <address_key, class>
+  friend class detail::registry;
   friend class basic_range_visitor<Key>;
 
   enum phase : std::uint32_t { idle, joining, live, parting, leaving, released, departed };
@@ -117,11 +123,11 @@ class basic_subscriber : public hlist_node {
   const bool filtered_;
   std::atomic<std::uint32_t> phase_{idle};
   const basic_filter<Key> filter_;
-  const std::uint64_t number_;              ///< tells shared ones of one type apart
-  std::atomic<std::uint64_t> users_{1};     ///< of a shared one
-  std::atomic<const void*> home_{nullptr};  ///< the space that it was registered with last; compared, never followed
-  std::atomic<detail::registry<Key>*> where_{nullptr};  ///< the registry that it is linked with
-  basic_subscriber* next_claimed_ = nullptr;            ///< release(): whoever claimed it links it here
+  const std::uint64_t number_;                ///< tells shared ones of one type apart
+  std::atomic<std::uint64_t> users_{1};       ///< of a shared one
+  std::atomic<const void*> home_{nullptr};    ///< the space that it was registered with last; compared, never followed
+  std::atomic<void*> where_{nullptr};         ///< the registry that it is linked with
+  basic_subscriber* next_claimed_ = nullptr;  ///< release(): whoever claimed it links it here
 
   // unregister_async
   struct removal : srcu_head {
@@ -138,7 +144,8 @@ class basic_range_visitor {
   void operator()(basic_range<Key> r) const noexcept { node_.hear_of(r); }
 
  private:
-  friend class detail::registry<Key>;
+  template <address_key, class>
+  friend class detail::roster;
   explicit basic_range_visitor(const basic_subscriber<Key>& node) noexcept : node_(node) {}
   const basic_subscriber<Key>& node_;
 };

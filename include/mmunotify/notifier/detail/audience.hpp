@@ -53,13 +53,14 @@ struct interval_hooks {
   void (*invalidate_secondary_tlbs)(void* set, basic_range<Key>) noexcept;
 };
 
-template <address_key Key>
+template <address_key Key, class Platform>
 class audience {
  public:
   using node = basic_subscriber<Key>;
-  using section = read_section;
+  using domain_type = basic_srcu_domain<Platform>;
+  using section = basic_read_section<domain_type>;
 
-  srcu_domain& domain() noexcept { return domain_; }
+  domain_type& domain() noexcept { return domain_; }
   bool empty() const noexcept { return list_.empty(); }
 
   // --- Brackets. Precondition of each: inside a read section of the domain. -----------------------------------------
@@ -251,9 +252,9 @@ class audience {
     }
   }
 
-  srcu_domain domain_;
+  domain_type domain_;
   std::atomic<std::uint64_t> version_{1};
-  lockfree_hlist<node> list_{domain_};
+  lockfree_hlist<node, domain_type> list_{domain_};
 
  private:
   std::atomic<const interval_hooks<Key>*> intervals_{nullptr};
