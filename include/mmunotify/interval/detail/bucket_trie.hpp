@@ -121,8 +121,8 @@ class bucket_trie {
     note_use(leaf, static_cast<unsigned>(bucket) & (ways - 1));
   }
 
-  /// Calls f(entry) for every entry in the buckets that may overlap [first, last), by class and address, until it says
-  /// false. Returns: false if it did. Precondition: first < last. Progress: wait-free.
+  /// Calls f(entry) for every entry in the buckets that may overlap [first, last), by class and bucket, newest first in
+  /// each, until it says false. Returns: false if it did. Precondition: first < last. Progress: wait-free.
   template <class F>
   [[gnu::always_inline]] bool walk(std::uint64_t first, std::uint64_t last, F&& f) {
     // (bt2) acquire pairs with (bt1).
