@@ -102,7 +102,7 @@ class basic_interval {
   bool registered() const noexcept { return phase_.load(std::memory_order_acquire) != idle; }  // (in2) pairs with (in1)
 
   /// Effects: waits while a bracket overlaps the interval. Returns: what read_retry compares with. Preconditions:
-  /// registered; not inside a callback or an open bracket of the space, for which it might wait: that is a contract
+  /// registered (it may be removed or resized meanwhile, but not inserted anew); not inside a callback or an open bracket of the space, for which it might wait: that is a contract
   /// failure (L7) if it has to wait, and the result is one that always fails. Progress: wait-free if none overlaps,
   /// else blocking; it does not wait for brackets elsewhere (C2).
   interval_sequence read_begin() noexcept {
@@ -124,7 +124,8 @@ class basic_interval {
   /// have ended; those that come later wait for the turn to end, non-blocking ones are refused. So read_begin does not
   /// wait and read_retry is false until then. First come, first served, brackets and turns alike.
   /// Lock order: the primary's lock that brackets are run under (shared), the turn, the client's lock. Who has a turn
-  /// must not wait for what brackets hold, take another turn, or read_begin on other intervals.
+  /// must not wait for what brackets hold, or take another turn; its read_begin does not wait, and fails if somebody has
+  /// resized the interval under it.
   /// Preconditions as read_begin; at most one turn per thread. Returns: false, after a contract failure, otherwise (L7,
   /// C8). Limit: brackets beyond the first 64 in flight at a time do not queue. Progress: blocking.
   interval_turn take_turn() noexcept {
@@ -177,12 +178,15 @@ class basic_interval {
   MMUNOTIFY_COLD interval_sequence wait_until_quiet() noexcept {
     detail::interval_context* const c = context_.load(std::memory_order_acquire);  // (in2) pairs with (in1)
     if (c == nullptr || would_wait_for_itself(*c, "interval_notifier::read_begin")) return {};
+    // With a turn nothing is worth waiting for: the range has changed since, and brackets may wait for the turn.
+    const bool may_wait = !c->turns.any() || !c->turns.is_held_by(linux_platform::self());
     while (true) {
       const std::uint64_t v = word_.load();
       if (detail::collision_word::is_quiet(v)) return interval_sequence(v);
       if (detail::collision_word::is_pending(v)) {
-        wait_for_strangers(*c, v);
+        if (!wait_for_strangers(*c, v, may_wait)) return {};
       } else {
+        if (!may_wait) return {};
         wait_for_end();
       }
     }
@@ -199,13 +203,14 @@ class basic_interval {
   }
 
   /// Waits for one of the brackets that overlap the interval and do not know it; if there is none, says so. seen: the
-  /// word before.
-  void wait_for_strangers(detail::interval_context& c, std::uint64_t seen) noexcept {
+  /// word before. Returns: false if it must not wait and would have to.
+  bool wait_for_strangers(detail::interval_context& c, std::uint64_t seen, bool may_wait) noexcept {
     std::uint64_t mark = beside_overflow_.load(std::memory_order_acquire);  // (in6) pairs with (in5)
     if (mark != 0) {
+      if (!may_wait) return false;
       c.domain.synchronize();  // every bracket is a section
       beside_overflow_.compare_exchange_strong(mark, 0, std::memory_order_acq_rel);  // (in5), (in6)
-      return;
+      return true;
     }
     detail::flight_slot* slot = nullptr;
     std::uint32_t life = 0;
@@ -214,7 +219,9 @@ class basic_interval {
       const entry& e = *current_.load(std::memory_order_acquire);  // (in2) pairs with (in1)
       if (!find_stranger(c, e, slot, life)) word_.clear_pending(seen);
     }
-    if (slot != nullptr) slot->life.wait(life);
+    if (slot == nullptr) return true;
+    if (may_wait) slot->life.wait(life);
+    return may_wait;
   }
   static bool find_stranger(detail::interval_context& c, const entry& e, detail::flight_slot*& slot,
                             std::uint32_t& life) noexcept {

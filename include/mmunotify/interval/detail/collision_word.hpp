@@ -6,7 +6,7 @@
 //   bits 0..18   brackets that overlap the interval and are between start and end
 //   bit 19       somebody sleeps until they are gone
 //   bit 20       the interval was inserted or grew under brackets that do not know it; who faults must wait for them
-//   bits 21..63  the sequence: how many brackets have ended here
+//   bits 21..63  the sequence: how many brackets have ended here, and how often the range has changed
 //
 // A word whose lower 21 bits are 0 is quiet, and is what read_begin hands out: if it is still the same later, nothing
 // has happened in between. A bracket that was refused leaves the word as it was (P4). The sequence wraps (C7): it comes
@@ -76,6 +76,8 @@ class collision_word {
     while (!word_.compare_exchange_weak(v, (v | pending) + step, std::memory_order_acq_rel, std::memory_order_relaxed)) {
     }
   }
+  /// The range has changed: what was begun before is no good any more.
+  void move_on() noexcept { word_.fetch_add(step, std::memory_order_acq_rel); }  // (iw1) pairs with (iw2)
   /// They are gone, if the word is still as it was seen before looking for them. Counts as an end, for those who knew
   /// the interval when it was smaller.
   void clear_pending(value seen) noexcept {

@@ -178,7 +178,7 @@ class interval_set {
   }
 
   /// Effects: n covers r from now on. Addresses in both ranges are covered all the time; a bracket over them may call n
-  /// twice (each with its clip, and as many ends). Errors: bad_range, not_registered, no_memory; again if another
+  /// twice (each with its clip, and as many ends). Faults that have begun retry. Errors: bad_range, not_registered, no_memory; again if another
   /// resizes it at the same time: nothing has changed. Progress, context: as insert.
   errc resize(interval& n, range_type r) noexcept {
     if (const errc e = may_change(r); e != errc::ok) return e;
@@ -323,7 +323,11 @@ class interval_set {
     if (overflows) n.beside_overflow_.store(born, std::memory_order_release);  // (in5) pairs with (in6)
     flight_slot* slot = nullptr;
     std::uint32_t life = 0;
-    if (overflows || interval::find_stranger(context_, e, slot, life)) n.word_.set_pending();
+    if (overflows || interval::find_stranger(context_, e, slot, life)) {
+      n.word_.set_pending();
+    } else {
+      n.word_.move_on();
+    }
   }
 
   void kill_all(interval& n) noexcept { n.current_.load(std::memory_order_relaxed)->kill(context_.clock); }
@@ -339,7 +343,10 @@ class interval_set {
   /// The entry that was inserted, and the current one, which then goes with the interval.
   void unlink_all(interval& n) noexcept {
     entry* const current = n.current_.load(std::memory_order_relaxed);
-    if (current != &n.first_entry_) retire(static_cast<spare_entry&>(*current));
+    if (current != &n.first_entry_) {
+      n.current_.store(&n.first_entry_, std::memory_order_release);  // (in1): faults that look now do not meet it
+      retire(static_cast<spare_entry&>(*current));
+    }
     unlink(n.first_entry_);
   }
   static void unlink_later(srcu_head* h) noexcept {
