@@ -369,6 +369,10 @@ TEST_CASE("C6: what stays covered while an interval is resized is hit by every b
     CHECK(space.set.resize(iv, {0x10000, 0x20000}) == errc::ok);
     CHECK(space.set.remove(upper) == errc::ok);
   }
+  for (int i = 0; i < 50'000 || brackets.load() < 100'000; ++i) {
+    if (i % 32 == 0) space.domain.barrier();  // what was resized away goes
+    if (space.set.resize(iv, {0x18000, 0x19000 + page * static_cast<unsigned>(i % 2)}) != errc::ok) missed.fetch_add(1);
+  }
   stop.store(true);
   primary.join();
   CHECK(missed.load() == 0);

@@ -76,7 +76,6 @@ struct world {
   interval_space space;
   std::array<std::atomic<std::uint64_t>, pages> generation{};
   std::array<std::atomic<std::uint64_t>, pages> freed{};
-  std::atomic<std::uint64_t> last_generation{1};
   std::deque<mirror> mirrors;
   std::atomic<bool> stop{false};
   std::atomic<std::uint64_t> brackets{0}, refusals{0}, mapped{0}, retries{0}, turns{0}, changes{0}, async{0};
@@ -156,7 +155,7 @@ void change_pages(std::uint64_t from, std::uint64_t to, unsigned depth);
 void change_pages_inside(std::uint64_t from, std::uint64_t to, unsigned depth) {
   if (to - from <= 8 || below(8) == 0) check_nothing_is_mapped(from, to);
   for (std::uint64_t p = from; p < to; ++p) {
-    const std::uint64_t old = all->generation[p].exchange(all->last_generation.fetch_add(1) + 1);
+    const std::uint64_t old = all->generation[p].fetch_add(1);
     std::uint64_t seen = all->freed[p].load();
     while (seen < old && !all->freed[p].compare_exchange_weak(seen, old)) {
     }

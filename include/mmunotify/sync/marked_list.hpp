@@ -50,10 +50,15 @@ class marked_list {
     n.next_.fetch_or(deleted, std::memory_order_release);
   }
 
-  /// Unlinks every marked node. Progress: lock-free.
-  static void sweep(head& h) noexcept {
-    while (!sweep_once(h)) {
+  /// Unlinks every marked node, and calls unlinked(node) for those that it unlinks: each is told of once, by whoever
+  /// did it. Progress: lock-free.
+  template <class Unlinked>
+  static void sweep(head& h, Unlinked unlinked) noexcept {
+    while (!sweep_once(h, unlinked)) {
     }
+  }
+  static void sweep(head& h) noexcept {
+    sweep(h, [](marked_node&) {});
   }
 
   /// Walks the nodes that are not deleted, newest first.
@@ -88,7 +93,8 @@ class marked_list {
   static marked_node* node_at(std::uintptr_t link) noexcept { return reinterpret_cast<marked_node*>(link); }
 
   /// One walk. Returns: false if a neighbour changed under it and it must be repeated.
-  static bool sweep_once(head& h) noexcept {
+  template <class Unlinked>
+  static bool sweep_once(head& h, Unlinked& unlinked) noexcept {
     std::atomic<std::uintptr_t>* link = &h;
     std::uintptr_t here = link->load(std::memory_order_acquire);  // (h4)
     while (here != 0) {
@@ -106,6 +112,7 @@ class marked_list {
       if (!link->compare_exchange_strong(here, after, std::memory_order_release, std::memory_order_relaxed)) {
         return false;
       }
+      unlinked(*n);
       here = after;
     }
     return true;

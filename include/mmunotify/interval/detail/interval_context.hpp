@@ -15,15 +15,30 @@ namespace detail {
 
 /// What a bracket remembers from its start to its end: one word, its slot, or its version if it has none.
 class flight_memo {
+  static constexpr std::uint64_t has_version = 1;
+  static constexpr std::uint64_t called_nobody = 2;
+
  public:
   constexpr flight_memo() noexcept = default;
   explicit flight_memo(flight_slot* s) noexcept : word_(reinterpret_cast<std::uintptr_t>(s)) {}
-  explicit constexpr flight_memo(std::uint64_t version) noexcept : word_(version << 1 | 1) {}
+  explicit constexpr flight_memo(std::uint64_t version) noexcept : word_(version << 2 | has_version) {}
 
   flight_slot* slot() const noexcept {
-    return (word_ & 1) != 0 ? nullptr : reinterpret_cast<flight_slot*>(static_cast<std::uintptr_t>(word_));
+    return (word_ & has_version) != 0 ? nullptr : reinterpret_cast<flight_slot*>(word_ & ~called_nobody);
   }
-  std::uint64_t version() const noexcept { return (word_ & 1) != 0 ? word_ >> 1 : slot()->version(); }
+  std::uint64_t version() const noexcept { return (word_ & has_version) != 0 ? word_ >> 2 : slot()->version(); }
+
+  /// Its start has called nobody, and so its end will not: the audience is the same.
+  void call_nobody() noexcept { word_ |= called_nobody; }
+  bool calls_nobody() const noexcept { return (word_ & called_nobody) != 0; }
+
+  /// As a pointer's worth, never null, for who keeps it.
+  void* to_pointer() const noexcept { return reinterpret_cast<void*>(static_cast<std::uintptr_t>(word_)); }
+  static flight_memo from_pointer(void* p) noexcept {
+    flight_memo m;
+    m.word_ = reinterpret_cast<std::uintptr_t>(p);
+    return m;
+  }
 
  private:
   std::uint64_t word_ = 0;

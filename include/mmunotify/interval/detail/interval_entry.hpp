@@ -20,7 +20,8 @@
 //   V3  A bracket with g >= dead sees `leaving`, settles it if it has to, and does not call the entry. One that finds
 //       `never` has g < dead, at its start and, since it finds that or a greater dead, at its end.
 //   V4  Both words change no more once they are settled.
-// An entry that leaves stays linked for a grace period: the brackets with g < dead meet it at their end.
+// An entry that leaves stays linked for a grace period: the brackets with g < dead meet it at their end. Then it is
+// marked, and the list swept; where many leave at the same time, first all are marked, and one sweeps for all.
 //
 // Orderings: (iv1) release of a word / (iv2) acquire. The clock is seq_cst, in_flight.hpp says why.
 
@@ -56,7 +57,7 @@ constexpr std::uint64_t number_of(const Key& k) noexcept {
   }
 }
 
-/// 56 bytes.
+/// 64 bytes, of which a bracket that passes by looks at the first 24.
 template <address_key Key>
 class interval_entry : public marked_node {
  public:
@@ -74,6 +75,7 @@ class interval_entry : public marked_node {
     range = r;
     born_.store(unborn, std::memory_order_relaxed);
     dead_.store(never, std::memory_order_relaxed);
+    unlinked_.store(false, std::memory_order_relaxed);
   }
 
   /// Returns: true if a bracket of version g calls it. The same answer at its start and its end. Progress: wait-free.
@@ -100,6 +102,17 @@ class interval_entry : public marked_node {
     dead_.store(leaving, std::memory_order_seq_cst);  // (iv1) pairs with (iv2)
     settle(dead_, leaving, clock.advance());
   }
+  /// Precondition: dead, and no bracket that calls it is in flight.
+  void mark() noexcept { marked_list::mark(*this); }
+  /// Effects: it is unlinked, and all that are marked in its bucket. Whoever has done that for many has done it for
+  /// each. Preconditions: marked; inside a section (H1).
+  void sweep() noexcept {
+    if (unlinked_.load(std::memory_order_acquire)) return;  // (iv2) pairs with (iv1)
+    marked_list::sweep(place->list(bucket().bucket), [](marked_node& n) {
+      static_cast<interval_entry&>(n).unlinked_.store(true, std::memory_order_release);  // (iv1)
+    });
+  }
+
   /// Precondition: linked.
   std::uint64_t born() const noexcept { return born_.load(std::memory_order_acquire); }  // (iv2)
 
@@ -116,6 +129,7 @@ class interval_entry : public marked_node {
 
   std::atomic<std::uint64_t> born_{unborn};
   std::atomic<std::uint64_t> dead_{never};
+  std::atomic<bool> unlinked_{false};
 };
 
 }  // namespace detail

@@ -52,7 +52,7 @@ class interval_set {
   /// Preconditions: nothing is registered (L1, checked); not inside a section or callback of the domain if intervals
   /// have been removed asynchronously: it waits for that.
   ~interval_set() {
-    if (!index_.empty()) context_.domain.barrier();
+    for (int step = 0; step < 2 && !index_.empty(); ++step) context_.domain.barrier();
     if (!index_.empty()) violated("L1", "~interval_set", "intervals are still registered");
   }
   interval_set(const interval_set&) = delete;
@@ -83,6 +83,10 @@ class interval_set {
       refused = &e;
       return false;
     });
+    if (calls == 0) {
+      m.call_nobody();
+      return true;
+    }
     observer.note(observe::occurrence::callback, calls);
     if (refused == nullptr) [[likely]]
       return true;
@@ -159,6 +163,7 @@ class interval_set {
     if (!claim_removal(n)) return errc::not_registered;
     kill_all(n);
     if constexpr (!mutated(mutation::interval_unlink_at_once)) context_.domain.synchronize();
+    mark_all(n);
     unlink_all(n);
     context_.domain.synchronize();
     settle(n, phase::idle);
@@ -174,11 +179,12 @@ class interval_set {
     n.removal_.set = this;
     n.removal_.done = done;
     kill_all(n);
-    return context_.domain.call_unbounded(n.removal_, &unlink_later);
+    return context_.domain.call_unbounded(n.removal_, &mark_later);
   }
 
   /// Effects: n covers r from now on. Addresses in both ranges are covered all the time; a bracket over them may call n
-  /// twice (each with its clip, and as many ends). Faults that have begun retry. Errors: bad_range, not_registered, no_memory; again if another
+  /// twice (each with its clip, and as many ends). Faults that have begun retry. The
+  /// old range costs brackets over it a look until two grace periods have passed. Errors: bad_range, not_registered, no_memory; again if another
   /// resizes it at the same time: nothing has changed. Progress, context: as insert.
   errc resize(interval& n, range_type r) noexcept {
     if (const errc e = may_change(r); e != errc::ok) return e;
@@ -246,6 +252,7 @@ class interval_set {
   /// up_to: the last one that got the start, null for everybody.
   template <bool Cancelled, observe::observer O>
   void call_ends(const invalidation_type& i, memo m, O& observer, const entry* up_to) noexcept {
+    if (m.calls_nobody()) return context_.leave(m);
     std::uint64_t calls = 0;
     for_audience(i, m.version(), [&](entry& e) {
       interval& n = *e.owner;
@@ -332,22 +339,35 @@ class interval_set {
 
   void kill_all(interval& n) noexcept { n.current_.load(std::memory_order_relaxed)->kill(context_.clock); }
 
-  /// Precondition: dead, and no bracket that calls it is in flight.
+  /// Preconditions: marked; inside a section.
   void unlink(entry& e) noexcept {
-    const read_section s(context_.domain);  // H1
-    marked_list::mark(e);
-    marked_list::sweep(e.place->list(e.bucket().bucket));
+    e.sweep();
     index_.unpin(e.place);
-    e.place = nullptr;
   }
-  /// The entry that was inserted, and the current one, which then goes with the interval.
+
+  /// The two that an interval may have in the index: the one that it was inserted with, and the current one.
+  static void mark_all(interval& n) noexcept {
+    entry* const current = n.current_.load(std::memory_order_relaxed);
+    n.first_entry_.mark();
+    if (current != &n.first_entry_) current->mark();
+  }
   void unlink_all(interval& n) noexcept {
+    const read_section s(context_.domain);  // H1
     entry* const current = n.current_.load(std::memory_order_relaxed);
     if (current != &n.first_entry_) {
       n.current_.store(&n.first_entry_, std::memory_order_release);  // (in1): faults that look now do not meet it
       retire(static_cast<spare_entry&>(*current));
     }
     unlink(n.first_entry_);
+  }
+
+  // The steps of an asynchronous removal, each a callback of the domain. Marking and sweeping are two, so that one sweep
+  // serves all that leave a bucket at a time.
+
+  static void mark_later(srcu_head* h) noexcept {
+    auto& r = *static_cast<typename interval::removal*>(h);
+    mark_all(*r.interval);
+    static_cast<void>(r.set->context_.domain.call_unbounded(r, &unlink_later));
   }
   static void unlink_later(srcu_head* h) noexcept {
     auto& r = *static_cast<typename interval::removal*>(h);
@@ -390,15 +410,19 @@ class interval_set {
     become_current(n, next);
     publish(n, next);
     if constexpr (!mutated(mutation::interval_shrinks_first)) old.kill(context_.clock);
-    if (&old != &n.first_entry_) {
-      // Its brackets may be in flight; then it is unlinked, and one grace period later freed.
-      static_cast<void>(context_.domain.call_unbounded(static_cast<spare_entry&>(old), [](srcu_head* h) noexcept {
-        auto& e = *static_cast<spare_entry*>(h);
-        e.set->retire(e);
+    if (&old == &n.first_entry_) return;
+    // Brackets that call it may be in flight. The steps are those of a removal.
+    static_cast<void>(context_.domain.call_unbounded(static_cast<spare_entry&>(old), [](srcu_head* h) noexcept {
+      auto& e = *static_cast<spare_entry*>(h);
+      e.mark();
+      static_cast<void>(e.set->context_.domain.call_unbounded(e, [](srcu_head* again) noexcept {
+        auto& marked = *static_cast<spare_entry*>(again);
+        const read_section s(marked.set->context_.domain);  // H1
+        marked.set->retire(marked);
       }));
-    }
+    }));
   }
-  /// Unlinks an entry that no bracket calls any more, and frees it when nobody stands on it.
+  /// Unlinks a marked entry, and frees it when nobody stands on it. Inside a section.
   void retire(spare_entry& e) noexcept {
     srcu_domain& domain = context_.domain;
     unlink(e);  // with the last one the set may go
