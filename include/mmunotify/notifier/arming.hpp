@@ -115,7 +115,7 @@ template <address_key Key>
 }
 
 /// Registries that serve no space at the moment. They are never given back to the system (see above).
-template <address_key Key, class Platform>
+template <address_key Key, class Platform = linux_platform>
 class registry_pool {
  public:
   struct entry : registry<Key, Platform> {

@@ -180,14 +180,11 @@ class tracked_gate {
   }
 
   template <class Ask>
-  MMUNOTIFY_COLD auto ask_armed(Ask f) noexcept {
-    struct inside {
-      typename registry_type::domain_type& domain;
-      explicit inside(typename registry_type::domain_type& d) noexcept : domain(d) { domain.read_lock_unordered(); }
-      ~inside() { domain.read_unlock_unordered(); }
-    };
-    const inside section(registry_.domain());
-    return f(registry_, observer_);
+  MMUNOTIFY_COLD auto ask_armed(Ask& f) noexcept {
+    registry_.domain().read_lock_unordered();
+    const auto a = f(registry_, observer_);
+    registry_.domain().read_unlock_unordered();
+    return a;
   }
 
   static constexpr gate_hooks<Key, Platform> hooks{nullptr, nullptr,

@@ -329,15 +329,13 @@ class under_gate {
   }
 
   template <class Ask>
-  MMUNOTIFY_COLD auto ask_armed(Ask f) noexcept {
+  MMUNOTIFY_COLD auto ask_armed(Ask& f) noexcept {
     using answer = decltype(f(std::declval<registry_type&>(), observer_));
     entry* const asked = enter().audience;
     if (asked == nullptr) return answer();
-    const struct leaving {
-      entry& asked;
-      ~leaving() { asked.domain().read_unlock_unordered(); }
-    } at_end{*asked};
-    return f(static_cast<registry_type&>(*asked), observer_);
+    const answer a = f(static_cast<registry_type&>(*asked), observer_);
+    asked->domain().read_unlock_unordered();
+    return a;
   }
 
   static constexpr gate_hooks<Key, Platform> hooks{
