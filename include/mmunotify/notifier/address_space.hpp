@@ -301,15 +301,23 @@ class address_space {
   template <bool FirstYes>
   MMUNOTIFY_COLD static bool ask_young_armed(address_space& space, detail::young_hook<key> hook, key first,
                                              key last) noexcept {
+    return young_walk<FirstYes>(space, hook, first, last);
+  }
+  template <bool FirstYes>
+  MMUNOTIFY_ARMED static bool young_walk(address_space& space, detail::young_hook<key> hook, key first,
+                                         key last) noexcept {
     const range_type r{first, last};
     return detail::is_valid(r) && space.gate_.ask([&](auto& audience, auto& observer) {
       return audience.template ask_young<FirstYes>(hook, r, observer);
     });
   }
   MMUNOTIFY_COLD static void invalidate_secondary_tlbs_armed(address_space& space, key first, key last) noexcept {
+    tlb_walk(space, first, last);
+  }
+  MMUNOTIFY_ARMED static void tlb_walk(address_space& space, key first, key last) noexcept {
     const range_type r{first, last};
     if (!detail::is_valid(r)) return;
-    space.gate_.ask([&](auto& audience, auto& observer) {
+    space.gate_.ask([&](auto& audience, auto& observer) __attribute__((always_inline)) {
       audience.invalidate_secondary_tlbs(r, observer);
       return true;
     });

@@ -63,8 +63,8 @@ template <address_key Key, class Platform>
 struct open_bracket {
   basic_invalidation<Key> i;
   registry<Key, Platform>* audience;
-  std::uint64_t version;
-  void* intervals;  ///< what the intervals remember of it
+  std::uint64_t version;  ///< 0: nobody is called at the end
+  void* intervals;        ///< what the intervals remember of it
 };
 static_assert(sizeof(open_bracket<std::uint64_t, linux_platform>) <= sizeof(thread_cells<linux_platform::cells>::cell));
 
