@@ -72,7 +72,7 @@ class registry : public roster<Key, Platform> {
     if (c.phase != node::live) return wait_until_gone(n);
     if constexpr (!mutated(mutation::unlink_before_release)) run_release_hook(n);
     kill(n);
-    grace_period();
+    if constexpr (!mutated(mutation::no_leaving_grace_period)) grace_period();
     unlink(n);
     static_cast<void>(discount());
     domain_.synchronize();
