@@ -299,15 +299,10 @@ void add_threads(std::uint64_t n) {
   ratios::add("pair/" + me + "_one", [n](benchmark::State& s) { pair<Kind>(s, n); })->UseRealTime();
   ratios::add("pair/" + me + "_two", [n](benchmark::State& s) { pair<Kind>(s, n); })->Threads(2)->UseRealTime();
   ratios::add("look_up/" + me,
-              [n](benchmark::State& s) {
-                amid<Kind>(s, n, [](Kind& k) { k.tell(base - page, base); });
-              })
+              [n](benchmark::State& s) { amid<Kind>(s, n, [](Kind& k) { k.tell(base - page, base); }); })
       ->UseManualTime()
       ->Iterations(5);
-  ratios::add("change/" + me,
-              [n](benchmark::State& s) {
-                amid<Kind>(s, n, [](Kind& k) { k.come_and_go(); });
-              })
+  ratios::add("change/" + me, [n](benchmark::State& s) { amid<Kind>(s, n, [](Kind& k) { k.come_and_go(); }); })
       ->UseManualTime()
       ->Iterations(5);
 }
@@ -327,7 +322,8 @@ void print_goals() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  for (const auto& [size, n] : {std::pair<const char*, std::uint64_t>{"1k", 1000}, {"100k", 100'000}, {"1M", 1'000'000}}) {
+  for (const auto& [size, n] :
+       {std::pair<const char*, std::uint64_t>{"1k", 1000}, {"100k", 100'000}, {"1M", 1'000'000}}) {
     add<tree>(size, n);
     add<ours>(size, n);
   }

@@ -101,7 +101,8 @@ TEST_CASE("C10: a callback gets the range clipped to its interval, and the brack
   { const auto b = space.invalidate({0x1000, 0x3000}); }
   CHECK(r.last == range{0x2000, 0x3000});
   CHECK(r.unclipped == range{0x1000, 0x3000});
-  CHECK_FALSE(space.set.ask_young<false>(&detail::operations<std::uintptr_t>::clear_young, {0x3000, 0x9000}, space.seen));
+  CHECK_FALSE(
+      space.set.ask_young<false>(&detail::operations<std::uintptr_t>::clear_young, {0x3000, 0x9000}, space.seen));
   CHECK(r.last == range{0x3000, 0x4000});
   space.set.invalidate_secondary_tlbs({0, ~std::uintptr_t{0}}, space.seen);
   CHECK(r.last == range{0x2000, 0x4000});
@@ -534,8 +535,8 @@ TEST_CASE("O2: the order is by class and address, and the same at start and end"
   add("old", {0x7000, 0x8000});
   add("new", {0x7000, 0x8000});
   { const auto b = space.invalidate({0, 0x10000}); }
-  CHECK(log == std::vector<std::string>{"a+", "b+", "c+", "new+", "old+", "big+", "a-", "b-", "c-", "new-", "old-",
-                                        "big-"});
+  CHECK(log ==
+        std::vector<std::string>{"a+", "b+", "c+", "new+", "old+", "big+", "a-", "b-", "c-", "new-", "old-", "big-"});
   for (auto& n : nodes) CHECK(space.set.remove(n) == errc::ok);
 }
 

@@ -5,9 +5,10 @@
 //
 // The oracle does not look at what the code does, but at what its user may rely on:
 //   O1, C1  A page has a generation. Between start and end the primary gives it a new one and declares the old one
-//           freed. Who uses a mapping, under its client's lock, must never find one of a freed generation. When start has
-//           returned, no client may have a mapping in the range at all.
-//   P1, P2, O2  Each bracket has a record of the starts that its clients got; the ends must come in that order, each once,
+//           freed. Who uses a mapping, under its client's lock, must never find one of a freed generation. When start
+//           has returned, no client may have a mapping in the range at all.
+//   P1, P2, O2  Each bracket has a record of the starts that its clients got; the ends must come in that order, each
+//   once,
 //           with the same clip, also after a refusal (P3).
 //   C8      With a turn, read_retry is false.
 //   L1      After a removal, nobody calls: a client that is told of a range outside of what it covers says so.
@@ -172,8 +173,8 @@ void change_pages(std::uint64_t from, std::uint64_t to, unsigned depth) {
   // Not whole pages at the edges, so that clips are not either.
   const range r{mirror::address(from), mirror::address(to) - below(page)};
   {
-    interval_space::bracket b(
-        all->space, {.range = r, .event = event::unmap, .owner = &record, .blockable = below(4) != 0});
+    interval_space::bracket b(all->space,
+                              {.range = r, .event = event::unmap, .owner = &record, .blockable = below(4) != 0});
     if (b && below(16) == 0) {
       b.cancel();
     } else if (b) {

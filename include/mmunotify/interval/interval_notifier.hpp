@@ -42,8 +42,10 @@
 MMUNOTIFY_BEGIN_NAMESPACE
 namespace detail {
 template <address_key Key>
+class interval_roster;
+template <address_key Key>
 class interval_set;
-}
+}  // namespace detail
 
 /// What read_begin returns. One that was not returned by it is never good.
 class interval_sequence {
@@ -87,7 +89,7 @@ class [[nodiscard]] interval_turn {
 ///   idle --insert--> joining --> live --remove, remove_async--> leaving --> idle
 ///                                live <--resize, split--> changing
 template <address_key Key>
-class basic_interval {
+class basic_interval : srcu_head {  // for remove_async
  public:
   basic_interval(const basic_interval&) = delete;
   basic_interval& operator=(const basic_interval&) = delete;
@@ -102,9 +104,10 @@ class basic_interval {
   bool registered() const noexcept { return phase_.load(std::memory_order_acquire) != idle; }  // (in2) pairs with (in1)
 
   /// Effects: waits while a bracket overlaps the interval. Returns: what read_retry compares with. Preconditions:
-  /// registered (it may be removed or resized meanwhile, but not inserted anew); not inside a callback or an open bracket of the space, for which it might wait: that is a contract
-  /// failure (L7) if it has to wait, and the result is one that always fails. Progress: wait-free if none overlaps,
-  /// else blocking; it does not wait for brackets elsewhere (C2).
+  /// registered (it may be removed or resized meanwhile, but not inserted anew); not inside a callback or an open
+  /// bracket of the space, for which it might wait: that is a contract failure (L7) if it has to wait, and the result
+  /// is one that always fails. Progress: wait-free if none overlaps, else blocking; it does not wait for brackets
+  /// elsewhere (C2).
   interval_sequence read_begin() noexcept {
     const std::uint64_t v = word_.load();
     if (detail::collision_word::is_quiet(v)) [[likely]]
@@ -120,14 +123,14 @@ class basic_interval {
   /// a false alarm), false is a hint (C3).
   bool check_retry(interval_sequence s) const noexcept { return word_.has_moved(s.value_); }
 
-  /// Effects: for a fault that has collided a few times (C8). Waits until the brackets over the interval that came first
-  /// have ended; those that come later wait for the turn to end, non-blocking ones are refused. So read_begin does not
-  /// wait and read_retry is false until then. First come, first served, brackets and turns alike.
-  /// Lock order: the primary's lock that brackets are run under (shared), the turn, the client's lock. Who has a turn
-  /// must not wait for what brackets hold, or take another turn; its read_begin does not wait, and fails if somebody has
-  /// resized the interval under it.
-  /// Preconditions as read_begin; at most one turn per thread. Returns: false, after a contract failure, otherwise (L7,
-  /// C8). Limit: brackets beyond the first 64 in flight at a time do not queue. Progress: blocking.
+  /// Effects: for a fault that has collided a few times (C8). Waits until the brackets over the interval that came
+  /// first have ended; those that come later wait for the turn to end, non-blocking ones are refused. So read_begin
+  /// does not wait and read_retry is false until then. First come, first served, brackets and turns alike. Lock order:
+  /// the primary's lock that brackets are run under (shared), the turn, the client's lock. Who has a turn must not wait
+  /// for what brackets hold, or take another turn; its read_begin does not wait, and fails if somebody has resized the
+  /// interval under it. Preconditions as read_begin; at most one turn per thread. Returns: false, after a contract
+  /// failure, otherwise (L7, C8). Limit: brackets beyond the first 64 in flight at a time do not queue. Progress:
+  /// blocking.
   interval_turn take_turn() noexcept {
     detail::interval_context* const c = context_.load(std::memory_order_acquire);  // (in2) pairs with (in1)
     if (c == nullptr || would_wait_for_itself(*c, "interval_notifier::take_turn")) return {};
@@ -153,8 +156,10 @@ class basic_interval {
  protected:
   basic_interval(const detail::operations<Key>& operations, void* client, const basic_filter<Key>& told) noexcept
       : operations_(&operations), client_(client), filter_(told) {}
+  void* client_pointer() const noexcept { return client_; }
 
  private:
+  friend class detail::interval_roster<Key>;
   friend class detail::interval_set<Key>;
   friend struct interval_probe;  // tests
 
@@ -208,7 +213,7 @@ class basic_interval {
     std::uint64_t mark = beside_overflow_.load(std::memory_order_acquire);  // (in6) pairs with (in5)
     if (mark != 0) {
       if (!may_wait) return false;
-      c.domain.synchronize();  // every bracket is a section
+      c.domain.synchronize();                                                        // every bracket is a section
       beside_overflow_.compare_exchange_strong(mark, 0, std::memory_order_acq_rel);  // (in5), (in6)
       return true;
     }
@@ -236,29 +241,25 @@ class basic_interval {
     });
   }
 
-  // One cache line for who passes by, one for who is hit.
-  alignas(64) entry first_entry_{};  ///< the range it was inserted with
-  detail::collision_word word_{};
-  const detail::operations<Key>* operations_;
-  void* client_;
-  const basic_filter<Key> filter_;
-
+  // One cache line for who comes and goes, one for who passes by, one for who is hit.
   std::atomic<std::uint32_t> phase_{idle};
   std::atomic<std::uint32_t> wakes_{0};
   std::atomic<entry*> current_{nullptr};
   std::atomic<detail::interval_context*> context_{nullptr};
   std::atomic<std::uint64_t> beside_overflow_{0};  ///< born beside brackets that have no slot: the version; else 0
+  detail::interval_roster<Key>* set_ = nullptr;    ///< that it is removed from
+  void (*done_)(basic_interval&) noexcept = nullptr;
 
-  // remove_async
-  struct removal : srcu_head {
-    basic_interval* interval = nullptr;
-    detail::interval_set<Key>* set = nullptr;
-    void (*done)(basic_interval&) noexcept = nullptr;
-  } removal_{};
+  alignas(64) entry first_entry_{};  ///< the range it was inserted with
+
+  alignas(64) detail::collision_word word_{};
+  const detail::operations<Key>* operations_;
+  void* client_;
+  const basic_filter<Key> filter_;
 };
 
-/// A registration of `Client` for one range. Fails to compile, with one sentence, if Client has no hook or one of a wrong
-/// signature.
+/// A registration of `Client` for one range. Fails to compile, with one sentence, if Client has no hook or one of a
+/// wrong signature.
 template <class Client, address_key Key = std::uintptr_t>
 class interval_notifier : public basic_interval<Key> {
   static_assert(detail::numbered_key<Key>,
@@ -269,16 +270,12 @@ class interval_notifier : public basic_interval<Key> {
   /// Precondition: the client outlives every registration of this node.
   explicit interval_notifier(Client& client, const basic_filter<Key>& told = {}) noexcept
       : basic_interval<Key>(detail::operations_for<Client, Key, invalidation_type>, &client,
-                            detail::filter_for<Client, Key>(told)),
-        client_(client) {
+                            detail::filter_for<Client, Key>(told)) {
     static_assert(!std::is_const_v<Client>, "mmunotify: an interval's client must not be const");
     static_assert(detail::check_client<Client, Key, invalidation_type>());
   }
 
-  Client& client() const noexcept { return client_; }
-
- private:
-  Client& client_;
+  Client& client() const noexcept { return *static_cast<Client*>(this->client_pointer()); }
 };
 
 MMUNOTIFY_END_NAMESPACE

@@ -31,7 +31,7 @@ TEST_CASE("P1: a slow bracket that settles an entry does not give it to a faster
   clock.advance();
   const std::uint64_t fast = clock.read();  // its start has walked by
   entry e;
-  e.renew(iv, {0, 1});            // and now the entry is linked, by somebody who stops here
+  e.renew(iv, {0, 1});                // and now the entry is linked, by somebody who stops here
   CHECK_FALSE(e.hears(slow, clock));  // the slow one settles it
   CHECK_FALSE(e.hears(fast, clock));  // at its end
   const std::uint64_t born = e.bear(clock);

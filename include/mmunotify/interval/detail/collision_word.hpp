@@ -69,11 +69,13 @@ class collision_word {
     return !is_active(after) && take_sleepers(after);
   }
 
-  /// Who faults has to look for brackets that do not know the interval. Counts as an end, so that no two times are alike.
+  /// Who faults has to look for brackets that do not know the interval. Counts as an end, so that no two times are
+  /// alike.
   void set_pending() noexcept {
     value v = word_.load(std::memory_order_relaxed);
     // (iw1) pairs with (iw2)
-    while (!word_.compare_exchange_weak(v, (v | pending) + step, std::memory_order_acq_rel, std::memory_order_relaxed)) {
+    while (
+        !word_.compare_exchange_weak(v, (v | pending) + step, std::memory_order_acq_rel, std::memory_order_relaxed)) {
     }
   }
   /// The range has changed: what was begun before is no good any more.

@@ -44,9 +44,9 @@ class version_clock {
 struct flight {
   std::uint64_t first = 0;
   std::uint64_t last = 0;
-  std::uint64_t version = 0;    ///< g; 0: the slot was just claimed, and does not say yet
-  std::uint64_t number = 0;     ///< its place in the queue with turns; 0: before all of them
-  std::uintptr_t thread = 0;    ///< who began it
+  std::uint64_t version = 0;  ///< g; 0: the slot was just claimed, and does not say yet
+  std::uint64_t number = 0;   ///< its place in the queue with turns; 0: before all of them
+  std::uintptr_t thread = 0;  ///< who began it
 
   constexpr bool overlaps(std::uint64_t a, std::uint64_t b) const noexcept { return first < b && a < last; }
 };

@@ -52,8 +52,8 @@ struct interval_context {
   flight_table flights;
   turn_table turns;
 
-  /// Effects: a bracket over [first, last) is in flight, and has waited for its turn. Returns: false if it must not wait
-  /// (may_wait) and would have to: then it is not. Precondition: inside a section, which lasts until leave().
+  /// Effects: a bracket over [first, last) is in flight, and has waited for its turn. Returns: false if it must not
+  /// wait (may_wait) and would have to: then it is not. Precondition: inside a section, which lasts until leave().
   [[nodiscard]] bool enter(std::uint64_t first, std::uint64_t last, bool may_wait, flight_memo& memo) noexcept {
     flight_slot* const slot = flights.enter();
     if (slot == nullptr) [[unlikely]] {

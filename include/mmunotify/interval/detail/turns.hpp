@@ -18,10 +18,9 @@
 //
 // Orderings: all counts, claims and numbers are seq_cst, in one order.
 //   (tu1) a turn: count, claim its place; (tu2) look at the slots (if4).
-//   (if1) a bracket: claim its slot; (tu3) look at the count. So either the bracket sees the turn, or the turn the slot.
-//   (tu4) a turn claims its place before it draws; (tu5) a bracket looks at the table after it drew: so it sees the
-//   place of every turn with a lower number.
-//   (tu6) release of a place's contents / (tu7) acquire.
+//   (if1) a bracket: claim its slot; (tu3) look at the count. So either the bracket sees the turn, or the turn the
+//   slot. (tu4) a turn claims its place before it draws; (tu5) a bracket looks at the table after it drew: so it sees
+//   the place of every turn with a lower number. (tu6) release of a place's contents / (tu7) acquire.
 
 #include <array>
 #include <atomic>
@@ -85,7 +84,7 @@ class turn_table {
   void give_back(place& p) noexcept {
     p.granted_.store(false, std::memory_order_relaxed);
     p.number_.store(0, std::memory_order_relaxed);
-    p.life_.free();  // (lw3)
+    p.life_.free();                                  // (lw3)
     count_.fetch_sub(1, std::memory_order_seq_cst);  // (tu1)
   }
 
@@ -98,8 +97,8 @@ class turn_table {
   enum class passage : std::uint8_t { open, refused, again };
 
   /// Effects: a bracket waits for the turns before it. Its number is what it drew, or 0 if it is inside another bracket
-  /// of its thread. Returns: open; refused if it must not wait (may_wait), and would have to; again if it has to give up
-  /// its slot: then `blocker` is what to wait for.
+  /// of its thread. Returns: open; refused if it must not wait (may_wait), and would have to; again if it has to give
+  /// up its slot: then `blocker` is what to wait for.
   [[nodiscard]] passage pass(const flight& f, bool may_wait, blocking_turn& blocker) noexcept {
     if constexpr (mutated(mutation::interval_ignores_turns)) return passage::open;
     for (place& p : places_) {
@@ -108,7 +107,8 @@ class turn_table {
         if (life == 0) break;
         const std::uint64_t number = p.number_.load(std::memory_order_seq_cst);  // (tu7) pairs with (tu6)
         const bool granted = p.granted_.load(std::memory_order_seq_cst);         // (tu7)
-        const bool overlaps = f.overlaps(p.first_.load(std::memory_order_relaxed), p.last_.load(std::memory_order_relaxed));
+        const bool overlaps =
+            f.overlaps(p.first_.load(std::memory_order_relaxed), p.last_.load(std::memory_order_relaxed));
         const bool own = p.thread_.load(std::memory_order_relaxed) == f.thread;
         if (p.life_.look() != life) continue;
         if (number == 0) {  // it is about to draw, or to go
