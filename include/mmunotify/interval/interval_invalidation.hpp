@@ -26,6 +26,7 @@ template <address_key Key>
 basic_interval_invalidation<Key> clipped(const basic_invalidation<Key>& i, const basic_range<Key>& interval) noexcept {
   basic_interval_invalidation<Key> mine{i, i.range};
   mine.range = i.range.clipped_to(interval);
+  mine.in_place = false;  // change_entry does not tell intervals: they let go
   return mine;
 }
 

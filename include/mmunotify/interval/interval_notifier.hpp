@@ -164,7 +164,7 @@ class basic_interval : srcu_head {  // for remove_async
   friend struct interval_probe;  // tests
 
   using entry = detail::interval_entry<Key>;
-  enum phase : std::uint32_t { idle, joining, live, changing, leaving };
+  enum phase : std::uint8_t { idle, joining, live, changing, leaving };
 
   /// Whether the filter lets the bracket through (P6). Neither the filter nor the bracket changes.
   [[gnu::always_inline]] bool wants(const basic_invalidation<Key>& i) const noexcept {
@@ -242,12 +242,13 @@ class basic_interval : srcu_head {  // for remove_async
   }
 
   // One cache line for who comes and goes, one for who passes by, one for who is hit.
-  std::atomic<std::uint32_t> phase_{idle};
+  std::atomic<std::uint8_t> phase_{idle};
+  std::atomic<bool> told_release_{false};
   std::atomic<std::uint32_t> wakes_{0};
   std::atomic<entry*> current_{nullptr};
   std::atomic<detail::interval_context*> context_{nullptr};
   std::atomic<std::uint64_t> beside_overflow_{0};  ///< born beside brackets that have no slot: the version; else 0
-  detail::interval_roster<Key>* set_ = nullptr;    ///< that it is removed from
+  detail::interval_roster<Key>* set_ = nullptr;    ///< that it is registered with
   void (*done_)(basic_interval&) noexcept = nullptr;
 
   alignas(64) entry first_entry_{};  ///< the range it was inserted with
@@ -279,3 +280,5 @@ class interval_notifier : public basic_interval<Key> {
 };
 
 MMUNOTIFY_END_NAMESPACE
+
+#include <mmunotify/interval/detail/interval_door.hpp>

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <new>
 #include <thread>
+#include <utility>
 
 #include <mmunotify/base/range.hpp>
 #include <mmunotify/base/result.hpp>
@@ -39,7 +40,9 @@ class interval_roster {
   using range_type = basic_range<Key>;
 
   /// The domain outlives the set. Brackets hold a section of it from before start to after end.
-  explicit interval_roster(srcu_domain& domain) noexcept : context_(domain), index_(domain) {}
+  /// gone: called when an asynchronous removal is over, after done(). Then the set lives on until it returns.
+  explicit interval_roster(srcu_domain& domain, void (*gone)(interval_roster&) noexcept = nullptr) noexcept
+      : context_(domain), index_(domain), gone_(gone) {}
   /// Preconditions: nothing is registered (L1, checked); not inside a section or callback of the domain if intervals
   /// have been removed asynchronously: it waits for that.
   ~interval_roster() {
@@ -48,6 +51,9 @@ class interval_roster {
   }
   interval_roster(const interval_roster&) = delete;
   interval_roster& operator=(const interval_roster&) = delete;
+
+  /// Returns: the set that it is registered with; nullptr if it is not.
+  static interval_roster* of(const interval& n) noexcept { return n.registered() ? n.set_ : nullptr; }
 
   /// Returns: true if nothing is linked. May be stale on arrival.
   bool empty() const noexcept { return index_.empty(); }
@@ -58,6 +64,7 @@ class interval_roster {
   errc insert(interval& n, range_type r) noexcept {
     if (const errc e = may_change(r); e != errc::ok) return e;
     if (!move(n, phase::idle, phase::joining)) return errc::already_registered;
+    n.told_release_.store(false, std::memory_order_relaxed);
     const read_section s(context_.domain);
     if (const errc e = prepare(n.first_entry_, n, r); e != errc::ok) {
       settle(n, phase::idle);
@@ -89,7 +96,6 @@ class interval_roster {
   /// handlers, also in callbacks, n's own too.
   errc remove_async(interval& n, void (*done)(interval&) noexcept = nullptr) noexcept {
     if (!claim_removal(n)) return errc::not_registered;
-    n.set_ = this;
     n.done_ = done;
     kill_all(n);
     return context_.domain.call_unbounded(n, &mark_later);
@@ -121,16 +127,22 @@ class interval_roster {
   }
 
  protected:
+  /// Brackets may be in flight that have not looked for this set.
+  void set_unknown(bool b) noexcept { unknown_.store(b, std::memory_order_release); }  // (id3) pairs with (id4)
+
   interval_context context_;
   bucket_trie<entry> index_;
 
  private:
   using phase = typename interval::phase;
 
+  void (*const gone_)(interval_roster&) noexcept;
+  std::atomic<bool> unknown_{false};
+
   // --- Steps. -----------------------------------------------------------------------------------------------------
 
   static bool move(interval& n, phase from, phase to) noexcept {
-    std::uint32_t expected = from;
+    std::uint8_t expected = from;
     // (in2) acquire pairs with (in1)
     return n.phase_.compare_exchange_strong(expected, to, std::memory_order_acquire, std::memory_order_relaxed);
   }
@@ -173,6 +185,7 @@ class interval_roster {
     return e.place != nullptr ? errc::ok : errc::no_memory;
   }
   void become_current(interval& n, entry& e) noexcept {
+    if (n.set_ != this) n.set_ = this;
     n.current_.store(&e, std::memory_order_release);         // (in1) pairs with (in2)
     n.context_.store(&context_, std::memory_order_release);  // (in1)
   }
@@ -184,7 +197,8 @@ class interval_roster {
     marked_list::push_front(e.place->list(bucket), e);
     const std::uint64_t born = e.bear(context_.clock);  // (if3)
     if constexpr (mutated(mutation::interval_no_look_in_flight)) return;
-    const bool overflows = context_.flights.overflows();
+    // (id4) pairs with (id3)
+    const bool overflows = context_.flights.overflows() || unknown_.load(std::memory_order_acquire);
     if (overflows) n.beside_overflow_.store(born, std::memory_order_release);  // (in5) pairs with (in6)
     flight_slot* slot = nullptr;
     std::uint32_t life = 0;
@@ -230,12 +244,16 @@ class interval_roster {
   static void unlink_later(srcu_head* h) noexcept {
     auto& n = *static_cast<interval*>(h);
     srcu_domain& domain = n.set_->context_.domain;
+    interval_roster* const told = n.set_->gone_ != nullptr ? n.set_ : nullptr;
     n.set_->unlink_all(n);  // with the last one the set may go
+    n.set_ = told;
     static_cast<void>(domain.call_unbounded(n, [](srcu_head* last) noexcept {
       auto& over = *static_cast<interval*>(last);
       const auto done = over.done_;
+      interval_roster* const set = std::exchange(over.set_, nullptr);
       settle(over, phase::idle);
       if (done != nullptr) done(over);
+      if (set != nullptr) set->gone_(*set);
     }));
   }
 
@@ -298,6 +316,7 @@ class interval_roster {
       settle(upper, phase::idle);
       return errc::no_memory;
     }
+    upper.told_release_.store(false, std::memory_order_relaxed);
     become_current(upper, upper.first_entry_);
     publish(upper, upper.first_entry_);
     settle(upper, phase::live);

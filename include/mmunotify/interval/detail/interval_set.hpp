@@ -108,6 +108,20 @@ class interval_set : public interval_roster<Key> {
     observer.note(observe::occurrence::callback, calls);
   }
 
+  /// Effects: the space is released: calls the release hook of every interval that was not told yet.
+  void release_all() noexcept {
+    const std::uint64_t g = context_.clock.read();
+    index_.walk(0, ~std::uint64_t{0}, [&](entry& e) {
+      if (e.hears(g, context_.clock)) release_one(*e.owner);
+      return true;
+    });
+  }
+  /// Once per registration (L4).
+  static void release_one(interval& n) noexcept {
+    if (n.told_release_.exchange(true, std::memory_order_acq_rel)) return;  // (id3), (id4)
+    if (n.operations_->release != nullptr) n.operations_->release(n.client_);
+  }
+
   /// Calls f(interval) for those that overlap r and are registered, by class and address, until it says false.
   /// Context: f may do what a callback may do.
   template <class F>
