@@ -142,7 +142,8 @@ class basic_subscriber : public hlist_node {
 
   // unregister_async
   struct removal : srcu_head {
-    basic_subscriber* node = nullptr;
+    basic_subscriber* node = nullptr;  ///< under way
+    bool adopted = false;              ///< asked for while another removal was under way, which hands over to it
     void (*done)(basic_subscriber&) noexcept = nullptr;
   } removal_{};
 };

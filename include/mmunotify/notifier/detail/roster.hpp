@@ -185,16 +185,23 @@ class roster : public audience<Key, Platform> {
     return true;
   }
 
-  void finish(node& n, std::uint32_t phase) noexcept {
-    list_.retire(n);
+  /// Returns: false if an asynchronous removal has to end it: then that is what the node is in now.
+  [[nodiscard]] bool finish(node& n, std::uint32_t phase) noexcept {
     const auto& word = n.phase_;
     {
       const std::lock_guard lock(writers_);
+      if (n.removal_.adopted) {
+        n.removal_.adopted = false;
+        n.removal_.node = &n;
+        return false;
+      }
+      list_.retire(n);
       n.removal_.node = nullptr;
       n.where_.store(nullptr, std::memory_order_relaxed);
       n.phase_.store(phase, std::memory_order_release);  // (n3) pairs with (n4)
     }
     Platform::wake(word);  // by address only: the node may already be gone
+    return true;
   }
 
   void unpin() noexcept {

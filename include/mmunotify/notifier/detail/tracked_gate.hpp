@@ -128,8 +128,8 @@ class tracked_gate {
     return registry_.release_all();
   }
 
-  /// Returns: true inside a callback or a bracket of this thread.
-  bool held_by_this_thread() noexcept { return registry_.domain().held_by_this_thread(); }
+  /// Returns: false if this thread is in no callback and no bracket.
+  bool may_be_inside() noexcept { return registry_.domain().held_by_this_thread(); }
 
   /// Inside a section it is not taken: its owner may wait for this section.
   std::unique_lock<typename Platform::mutex> sharing(errc& e) noexcept {
