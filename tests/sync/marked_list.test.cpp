@@ -41,7 +41,9 @@ TEST_CASE("O2: every set of four nodes is deleted and swept, and the others keep
       }
     }
     CHECK(names(head) == expected);  // marked ones are skipped
+    for (unsigned n = 0; n < 8; ++n) CHECK(marked_list::shorter_than(head, n) == (n > 4));
     marked_list::sweep(head);
+    for (unsigned n = 0; n < 8; ++n) CHECK(marked_list::shorter_than(head, n) == (n > expected.size()));
     CHECK(names(head) == expected);
     CHECK(marked_list::empty(head) == expected.empty());
   }

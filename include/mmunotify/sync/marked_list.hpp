@@ -61,6 +61,13 @@ class marked_list {
     sweep(h, [](marked_node&) {});
   }
 
+  /// Returns: true if fewer than n nodes are linked, deleted ones included. May be stale. Inside a section.
+  static bool shorter_than(const head& h, unsigned n) noexcept {
+    std::uintptr_t here = h.load(std::memory_order_acquire);  // (h4) pairs with (h3), (h5), (h6)
+    for (; here != 0 && n != 0; --n) here = node_at(here)->next_.load(std::memory_order_acquire) & ~deleted;  // (h4)
+    return n != 0;
+  }
+
   /// Walks the nodes that are not deleted, newest first.
   template <class Node>
   class iterator {

@@ -104,6 +104,8 @@ class interval_entry : public marked_node {
   }
   /// Precondition: dead, and no bracket that calls it is in flight.
   void mark() noexcept { marked_list::mark(*this); }
+  /// Returns: true if there is little in its bucket, so that each may sweep for itself.
+  bool has_short_list() const noexcept { return marked_list::shorter_than(place->list(bucket().bucket), 8); }
   /// Effects: it is unlinked, and all that are marked in its bucket. Whoever has done that for many has done it for
   /// each. Preconditions: marked; inside a section (H1).
   void sweep() noexcept {

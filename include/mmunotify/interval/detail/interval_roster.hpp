@@ -239,6 +239,10 @@ class interval_roster {
   static void mark_later(srcu_head* h) noexcept {
     auto& n = *static_cast<interval*>(h);
     mark_all(n);
+    if (n.current_.load(std::memory_order_relaxed) == &n.first_entry_) {
+      const read_section s(n.set_->context_.domain);
+      if (n.first_entry_.has_short_list()) return unlink_later(h);
+    }
     static_cast<void>(n.set_->context_.domain.call_unbounded(n, &unlink_later));
   }
   static void unlink_later(srcu_head* h) noexcept {
