@@ -240,7 +240,8 @@ void one_hit(benchmark::State& state, std::uint64_t n) {
     const std::uint64_t a = address(where[d++ % draws]);
     k.tell(a, a + page);
   }
-  if (k.calls() != before + state.iterations()) state.SkipWithError("a hit has not called exactly one");
+  if (k.calls() != before + static_cast<std::uint64_t>(state.iterations()))
+    state.SkipWithError("a hit has not called exactly one");
 }
 
 template <class Kind>
@@ -254,7 +255,8 @@ void again(benchmark::State& state, std::uint64_t n) {
     k.tell(address(i), address(i) + page);
     k.replace(i);
   }
-  if (k.calls() != before + state.iterations() || !k.good()) state.SkipWithError("a hit has not called exactly one");
+  if (k.calls() != before + static_cast<std::uint64_t>(state.iterations()) || !k.good())
+    state.SkipWithError("a hit has not called exactly one");
 }
 
 template <class Kind>
@@ -262,7 +264,8 @@ void everything(benchmark::State& state, std::uint64_t n) {
   Kind& k = made<Kind>(n);
   const std::uint64_t before = k.calls();
   for (auto _ : state) k.tell(base, address(n));
-  if (k.calls() != before + n * state.iterations()) state.SkipWithError("not everybody was called once");
+  if (k.calls() != before + n * static_cast<std::uint64_t>(state.iterations()))
+    state.SkipWithError("not everybody was called once");
 }
 
 /// Each thread has a half of the pages: near misses.

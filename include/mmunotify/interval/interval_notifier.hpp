@@ -22,7 +22,14 @@
 // being invalidated by those that overlap it (C5): read_begin waits for them, by name. Brackets that the filter keeps
 // from the client do not count.
 //
-// Callbacks get a basic_interval_invalidation: the range clipped to the interval, and the bracket's (C10).
+// Callbacks get a basic_interval_invalidation: the range clipped to the interval, and the bracket's (C10). The hooks
+// are those of notifier/hooks.hpp, clipped alike. change_entry and existing_range are not called: brackets in place are
+// told as others are. young_pages is not either, but clear_young or test_young for each page. release is called once,
+// if the space is released while the interval is registered; a removal does not call it. When a start and an end hook
+// are called, the interval counts as being invalidated, and does not any more.
+//
+// Cost (Zen 4, a million intervals): a bracket that misses 230 ns, one that hits 530 ns, most of it cache misses; 192
+// bytes an interval, 20 and a few of its nodes; see bench/README.md.
 
 #include <atomic>
 #include <cstdint>
