@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 
 // Torture of the intervals: a primary that changes its pages, secondary MMUs that fault them in through intervals which
-// come, go, grow, shrink, split and merge meanwhile, all at random, for MMUNOTIFY_TORTURE_SECONDS (default 2).
+// come, go, grow, shrink, split and merge meanwhile, all at random, for MMUNOTIFY_TORTURE_SECONDS (default 2), first by
+// themselves, then in an address space.
 //
 // The oracle does not look at what the code does, but at what its user may rely on:
 //   O1, C1  A page has a generation. Between start and end the primary gives it a new one and declares the old one
@@ -73,8 +74,23 @@ struct bracket_record {
   std::size_t ended = 0;
 };
 
+/// The intervals by themselves, or those of an address space.
+struct facade {
+  bool by_space = false;
+  interval_space alone;
+  address_space<arming::tracked> space;
+
+  errc insert(node& n, range r) { return by_space ? space.insert(n, r) : alone.set.insert(n, r); }
+  errc resize(node& n, range r) { return by_space ? space.resize(n, r) : alone.set.resize(n, r); }
+  errc split(node& n, std::uintptr_t at, node& upper) {
+    return by_space ? space.split(n, at, upper) : alone.set.split(n, at, upper);
+  }
+  errc remove(node& n) { return by_space ? space.remove(n) : alone.set.remove(n); }
+  errc remove_async(node& n) { return by_space ? space.remove_async(n) : alone.set.remove_async(n); }
+};
+
 struct world {
-  interval_space space;
+  facade space;
   std::array<std::atomic<std::uint64_t>, pages> generation{};
   std::array<std::atomic<std::uint64_t>, pages> freed{};
   std::deque<mirror> mirrors;
@@ -133,8 +149,8 @@ struct mirror {
     low_to = low_from;
     high_to = high_from;
     drop(first_page, last_page);
-    static_cast<void>(all->space.set.remove_async(low));
-    static_cast<void>(all->space.set.remove_async(high));
+    static_cast<void>(all->space.remove_async(low));
+    static_cast<void>(all->space.remove_async(high));
     all->async.fetch_add(1, std::memory_order_relaxed);
   }
 };
@@ -172,17 +188,28 @@ void change_pages(std::uint64_t from, std::uint64_t to, unsigned depth) {
   bracket_record record;
   // Not whole pages at the edges, so that clips are not either.
   const range r{mirror::address(from), mirror::address(to) - below(page)};
-  {
-    interval_space::bracket b(all->space,
-                              {.range = r, .event = event::unmap, .owner = &record, .blockable = below(4) != 0});
-    if (b && below(16) == 0) {
-      b.cancel();
-    } else if (b) {
+  const invalidation i{.range = r, .event = event::unmap, .owner = &record, .blockable = below(4) != 0};
+  const auto inside = [&](bool open) {
+    if (open) {
       expect(record.ended == 0, "P1: an end before its time");
       change_pages_inside(from, to, depth);
     } else {
       all->refusals.fetch_add(1, std::memory_order_relaxed);
     }
+  };
+  if (!all->space.by_space) {
+    interval_space::bracket b(all->space.alone, i);
+    if (b && below(16) == 0) {
+      b.cancel();
+    } else {
+      inside(static_cast<bool>(b));
+    }
+  } else if (i.blockable) {
+    const auto b = all->space.space.invalidate(r, i.event, i.owner);
+    inside(true);
+  } else {
+    const auto b = all->space.space.try_invalidate(r, i.event, i.owner);
+    inside(static_cast<bool>(b));
   }
   expect(record.ended == record.open.size(), "P2: a start without an end");
   all->brackets.fetch_add(1, std::memory_order_relaxed);
@@ -317,7 +344,7 @@ class owner {
   void insert() {
     some_pages(from_, to_);
     const std::lock_guard newly(m_.life);
-    expect(all->space.set.insert(m_.low, bytes(from_, to_)) == errc::ok, "L9: an insertion fails");
+    expect(all->space.insert(m_.low, bytes(from_, to_)) == errc::ok, "L9: an insertion fails");
     allow(from_, to_, 0, 0);
   }
   void resize() {
@@ -325,7 +352,7 @@ class owner {
     std::uint64_t to = 0;
     some_pages(from, to);
     narrow(std::max(from, from_), std::max(std::max(from, from_), std::min(to, to_)));
-    if (all->space.set.resize(m_.low, bytes(from, to)) != errc::ok) return;  // leaving
+    if (all->space.resize(m_.low, bytes(from, to)) != errc::ok) return;  // leaving
     from_ = from;
     to_ = to;
     allow(from, to, 0, 0);
@@ -339,28 +366,28 @@ class owner {
       m_.low_to = at;
     }
     const std::lock_guard newly(m_.life);
-    if (all->space.set.split(m_.low, mirror::address(at), m_.high) != errc::ok) return;
+    if (all->space.split(m_.low, mirror::address(at), m_.high) != errc::ok) return;
     split_ = true;
     {
       const std::lock_guard lock(m_.mutex);
       if (m_.leaving) {  // the callback has met the lower one only
-        static_cast<void>(all->space.set.remove_async(m_.high));
+        static_cast<void>(all->space.remove_async(m_.high));
         return;
       }
     }
     allow(from_, at, at, to_);
   }
   void merge() {
-    if (all->space.set.resize(m_.low, bytes(from_, to_)) != errc::ok) return;
+    if (all->space.resize(m_.low, bytes(from_, to_)) != errc::ok) return;
     allow(from_, to_, 0, 0);
     split_ = false;
     take_away(m_.high);
   }
   void take_away(node& n) {
     if (below(2) == 0) {
-      static_cast<void>(all->space.set.remove(n));
+      static_cast<void>(all->space.remove(n));
     } else {
-      static_cast<void>(all->space.set.remove_async(n));
+      static_cast<void>(all->space.remove_async(n));
     }
     while (n.registered()) std::this_thread::yield();
   }
@@ -393,12 +420,15 @@ void owners(std::size_t from, std::size_t to) {
 
 }  // namespace
 
-TEST_CASE("O1: no mapping of a freed page is ever used, whatever intervals and brackets do") {
+namespace {
+
+void torture(bool by_space) {
   const std::uint64_t seed = number("MMUNOTIFY_SEED", 1);
   const std::uint64_t seconds = number("MMUNOTIFY_TORTURE_SECONDS", 2);
   std::printf("MMUNOTIFY_SEED=%" PRIu64 ", %" PRIu64 " s\n", seed, seconds);
   const auto w = std::make_unique<world>();
   all = w.get();
+  w->space.by_space = by_space;
   for (auto& g : w->generation) g.store(1);
   constexpr std::size_t count = 12;
   for (std::size_t i = 0; i < count; ++i) {
@@ -423,8 +453,10 @@ TEST_CASE("O1: no mapping of a freed page is ever used, whatever intervals and b
   while (std::chrono::steady_clock::now() < until && failed.count.load() == 0) std::this_thread::yield();
   w->stop.store(true);
   for (auto& t : threads) t.join();
-  for (int i = 0; i < 4; ++i) w->space.domain.barrier();
-  CHECK(w->space.set.empty());
+  for (int i = 0; i < 4; ++i) w->space.alone.domain.barrier();
+  CHECK(w->space.alone.set.empty());
+  CHECK(w->space.space.barrier() == errc::ok);
+  CHECK_FALSE(w->space.space.armed());
   for (mirror& m : w->mirrors) {
     CHECK((detail::collision_word::is_quiet(interval_probe::word(m.low)) ||
            detail::collision_word::is_pending(interval_probe::word(m.low))));
@@ -438,3 +470,9 @@ TEST_CASE("O1: no mapping of a freed page is ever used, whatever intervals and b
               w->changes.load(), w->async.load());
   all = nullptr;
 }
+
+}  // namespace
+
+TEST_CASE("O1: no mapping of a freed page is ever used, whatever intervals and brackets do") { torture(false); }
+
+TEST_CASE("O1: no mapping of a freed page is ever used, whatever the intervals of a space do") { torture(true); }
