@@ -9,6 +9,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cstdint>
 #include <cstdio>
@@ -201,45 +202,61 @@ TEST_CASE("C4: the ends of the key space, and intervals longer than half of it")
   CHECK(t.index.empty());
 }
 
-TEST_CASE("C6: a node that becomes empty goes, while others are about to use it") {
-  // Both threads come and go in one bucket, so that each frees the path that the other walks.
+TEST_CASE("C6: who comes late to a node that has become empty does not get in") {
   srcu_domain domain;
   trie index(domain);
+  const auto place = bucket_place::of(0x1000, 0x2000);
+  const read_section s(domain);  // keeps what is unlinked
+  trie::node* const leaf = index.pin_leaf(place);
+  REQUIRE(leaf != nullptr);
+  CHECK(trie::pin(leaf));
+  index.unpin(leaf);
+  CHECK_FALSE(index.empty());
+  index.unpin(leaf);
+  CHECK(index.empty());
+  CHECK_FALSE(trie::pin(leaf));
+  trie::node* const another = index.pin_leaf(place);
+  CHECK(another != leaf);
+  index.unpin(another);
+  CHECK(index.empty());
+}
+
+TEST_CASE("C6: a node that becomes empty goes, while others are about to use it") {
+  // Both threads come and go in one leaf, so that each frees the path that the other walks.
+  srcu_domain domain;
+  trie index(domain);
+  constexpr int rounds = 30'000;
+  std::atomic<int> lost{0};
+  std::atomic<int> ready{0};
   std::vector<std::thread> threads;
   for (int t = 0; t < 2; ++t) {
     threads.emplace_back([&, t] {
-      for (int round = 0; round < 3000; ++round) {
-        item i;
-        i.first = 0x7000'0000'0000 + static_cast<std::uint64_t>(t) * 0x1000;
-        i.last = i.first + 0x1000;
-        const auto place = bucket_place::of(i.first, i.last);
-        trie::node* leaf = nullptr;
-        {
-          const read_section s(domain);
-          leaf = index.pin_leaf(place);
-          CHECK(leaf != nullptr);
-          trie::mark_used(leaf, place.bucket);
-          marked_list::push_front(leaf->list(place.bucket), i);
-        }
+      std::deque<item> items;  // none is used twice
+      const std::uint64_t first = 0x7000'0000'0000 + static_cast<std::uint64_t>(t) * 0x1000;
+      const auto place = bucket_place::of(first, first + 0x1000);
+      ready.fetch_add(1);
+      while (ready.load() < 2) std::this_thread::yield();
+      for (int round = 0; round < rounds; ++round) {
+        item& i = items.emplace_back(first, first + 0x1000);
+        const read_section s(domain);
+        trie::node* const leaf = index.pin_leaf(place);
+        if (leaf == nullptr) return lost.store(rounds);
+        trie::mark_used(leaf, place.bucket);
+        marked_list::push_front(leaf->list(place.bucket), i);
         int found = 0;
-        {
-          const read_section s(domain);
-          index.walk(i.first, i.last, [&](const item& x) {
-            found += &x == &i ? 1 : 0;
-            return true;
-          });
-        }
-        CHECK(found == 1);
-        {
-          const read_section s(domain);
-          marked_list::mark(i);
-          marked_list::sweep(leaf->list(place.bucket));
-          index.unpin(leaf);
-        }
-        domain.synchronize();
+        index.walk(first, first + 0x1000, [&](const item& x) {
+          found += &x == &i ? 1 : 0;
+          return true;
+        });
+        if (found != 1) lost.fetch_add(1);
+        marked_list::mark(i);
+        marked_list::sweep(leaf->list(place.bucket));
+        index.unpin(leaf);
       }
+      domain.synchronize();
     });
   }
   for (auto& t : threads) t.join();
+  CHECK(lost.load() == 0);
   CHECK(index.empty());
 }

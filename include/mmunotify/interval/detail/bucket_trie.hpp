@@ -102,6 +102,18 @@ class bucket_trie {
     }
   }
 
+  /// Effects: the node stays until unpin (T1). Returns: false if it is frozen (T2).
+  [[nodiscard]] static bool pin(node* n) noexcept {
+    std::uint32_t p = n->population.load(std::memory_order_relaxed);
+    while (p != frozen || mutated(mutation::interval_frozen_is_pinned)) {
+      // (bt3) pairs with itself
+      if (n->population.compare_exchange_weak(p, p + 1, std::memory_order_acq_rel, std::memory_order_relaxed)) {
+        return true;
+      }
+    }
+    return false;
+  }
+
   /// Effects: gives up what pin_leaf gave; a node that is empty then goes, with those above it that become empty.
   void unpin(node* n) noexcept {
     while (n->population.fetch_sub(1, std::memory_order_acq_rel) == 1) {  // (bt3) pairs with itself
@@ -146,18 +158,6 @@ class bucket_trie {
     if ((n->used.load(std::memory_order_relaxed) & bit) == 0) {
       n->used.fetch_or(bit, std::memory_order_release);  // (bt1) pairs with (bt2)
     }
-  }
-
-  /// T1. Returns: false if it is frozen.
-  [[nodiscard]] static bool pin(node* n) noexcept {
-    std::uint32_t p = n->population.load(std::memory_order_relaxed);
-    while (p != frozen || mutated(mutation::interval_frozen_is_pinned)) {
-      // (bt3) pairs with itself
-      if (n->population.compare_exchange_weak(p, p + 1, std::memory_order_acq_rel, std::memory_order_relaxed)) {
-        return true;
-      }
-    }
-    return false;
   }
 
   /// T3. Precondition: frozen. Returns: the parent, whose population the caller owes one; nullptr if another did it.
