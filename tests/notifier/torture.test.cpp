@@ -205,8 +205,7 @@ class mirror {
   void activate() {
     const std::lock_guard lock(mutex_);
     window_.forget();
-    releases_.store(0);
-    active_ = true;
+    active_ = releases_.load() == 0;  // the space may have been released since
   }
   void fault(std::size_t page) {
     const auto snapshot = window_.read_begin();
