@@ -434,7 +434,7 @@ class phase {
 
 }  // namespace
 
-TEST_CASE_TEMPLATE("O1, P1, P2, L1, L4: everything at once", P, under_primary, keyed_primary, tracked_primary) {
+TEST_CASE_TEMPLATE("O1: everything at once; also P1, P2, L1, L4", P, under_primary, keyed_primary, tracked_primary) {
   const char* const given = std::getenv("MMUNOTIFY_TORTURE_SECONDS");
   const auto end = std::chrono::steady_clock::now() +
                    std::chrono::milliseconds(given != nullptr ? 333 * std::strtoul(given, nullptr, 10) : 700);
