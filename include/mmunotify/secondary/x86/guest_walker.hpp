@@ -312,20 +312,29 @@ class guest_walker {
   constexpr bool mark_used(Memory& memory, access how, walk_result& r) const noexcept {
     r.unmarked = false;
     for (unsigned level = Mode::levels; level >= r.end_level; --level) {
-      std::uint64_t& value = r.entry_values[level - 1];
+      const std::uint64_t value = r.entry_values[level - 1];
       std::uint64_t wanted = value;
       if (Mode::has_accessed(level)) wanted |= pte::accessed;
       if (level == r.end_level && is_write(how)) wanted |= pte::dirty;
       if (wanted == value) continue;
       switch (memory.compare_exchange_entry(r.entry(level).where, static_cast<entry_type>(value),
                                             static_cast<entry_type>(wanted))) {
-        case exchange_result::done: value = wanted; break;
+        case exchange_result::done: take_over(level, wanted, r); break;
         case exchange_result::changed: return false;
         case exchange_result::read_only: r.unmarked = true; break;
         case exchange_result::failed: end(walk_status::memory_error, level, {}, r); return true;
       }
     }
     return true;
+  }
+
+  /// The entry of this level holds a new value. A table that maps itself has one entry for several levels.
+  static constexpr void take_over(unsigned level, std::uint64_t value, walk_result& r) noexcept {
+    const gpa where = r.entry(level).where;
+    for (unsigned l = r.end_level; l <= Mode::levels; ++l) {
+      const bool in_register = Mode::top_in_registers && l == Mode::levels;
+      if (r.entry(l).where == where && !in_register) r.entry_values[l - 1] = value;
+    }
   }
 
   walk_context context_;
