@@ -2,9 +2,10 @@
 
 // What a walk of guest page tables costs beside the loads that it cannot do without.
 //
-// The baseline is the same descent by hand, for the mode: load, mask, load, and nothing else. No present bit, no reserved
-// bits, no rights, no accessed bits; it returns an address. The walker does all of that and returns each entry and its
-// place besides. Both read the same tables, which lie in the first-level cache, with accessed and dirty bits set already.
+// The baseline is the same descent by hand, for the mode: load, mask, load, and nothing else. No present bit, no
+// reserved bits, no rights, no accessed bits; it returns an address. The walker does all of that and returns each entry
+// and its place besides. Both read the same tables, which lie in the first-level cache, with accessed and dirty bits
+// set already.
 //
 // Two ways to ask. "after": each address depends on the translation before it, as when a fault or an emulated access is
 // waited for; this is what the goal is about. "beside": the addresses are known beforehand, so that the processor

@@ -172,8 +172,8 @@ inline std::string parse_runs(byte_reader& in, std::uint32_t count, linux_tables
   return {};
 }
 
-/// QEMU marks the PDPTEs of PAE as accessed when it walks through them. No processor does; the bit is reserved, and with
-/// it they could not be loaded.
+/// QEMU marks the PDPTEs of PAE as accessed when it walks through them. No processor does; the bit is reserved, and
+/// with it they could not be loaded.
 inline void unmark_pdptes(linux_tables& t) {
   namespace x86 = mmunotify::x86;
   const std::uint64_t where = x86::pae::root(t.regs.cr3).value;
@@ -266,6 +266,7 @@ inline std::string parse(byte_reader& in, access_matrix& out) {
   std::uint64_t expected = 1;
   for (const std::uint32_t radix : matrix_radices(out.mode, out.leaf_level)) expected *= radix;
   if (expected == 0) return "there is no block with leaves at level " + std::to_string(out.leaf_level) + " in its mode";
+  if (out.block != block_of(out.mode, out.leaf_level)) return "it is not block " + std::to_string(out.block);
   if (rows != expected) {
     return "its block has " + std::to_string(expected) + " rows and it announces " + std::to_string(rows);
   }

@@ -159,8 +159,8 @@ void check_fuzz(const access_fuzz& f, report& out, Tamper tamper = {}) {
         "row %zu (cpu %#x, acc %u, va %#llx): expected status %u code %#x set %#x pa %#llx, "
         "found load %u status %u code %#x set %#x pa %#llx",
         i, unsigned{r.cpu}, unsigned{r.acc}, wide(r.va), unsigned(r.status), unsigned{r.error_code},
-        unsigned{r.newly_set}, wide(r.pa), unsigned(o.load), unsigned(o.result.status), o.result.code.bits, o.accessed | o.dirty << 5,
-        wide(o.result.address.value));
+        unsigned{r.newly_set}, wide(r.pa), unsigned(o.load), unsigned(o.result.status), o.result.code.bits,
+        o.accessed | o.dirty << 5, wide(o.result.address.value));
   }
 }
 
@@ -213,7 +213,8 @@ inline constexpr std::uint32_t narrow_leaves[] = {0, 1, 2, 3, 8, 9, 10, 11, 16, 
 inline constexpr std::uint32_t narrow_parents[] = {0, 1, 2, 3, 8};
 
 /// Level l > leaf level of a block, without the address. Entries above the parent and below the root have all rights.
-inline std::uint64_t matrix_upper(const access_matrix& m, unsigned l, std::uint32_t parent, std::uint32_t top) noexcept {
+inline std::uint64_t matrix_upper(const access_matrix& m, unsigned l, std::uint32_t parent,
+                                  std::uint32_t top) noexcept {
   constexpr std::uint64_t pdptes[] = {x86::pte::present, 0};
   const bool is_parent = l == m.leaf_level + 1, is_root = l == levels_of(m.mode);
   if (m.mode == mode::pae && is_root) return pdptes[is_parent ? parent : top];

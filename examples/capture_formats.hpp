@@ -44,9 +44,7 @@ constexpr mmunotify::x86::paging paging_of(mode m) noexcept {
 }
 
 /// How many bits a linear address has.
-constexpr unsigned address_bits_of(mode m) noexcept {
-  return m == mode::long_4 ? 48 : m == mode::long_5 ? 57 : 32;
-}
+constexpr unsigned address_bits_of(mode m) noexcept { return m == mode::long_4 ? 48 : m == mode::long_5 ? 57 : 32; }
 
 struct registers {
   std::uint64_t cr0 = 0, cr3 = 0, cr4 = 0, efer = 0;
@@ -144,14 +142,27 @@ struct pse36_translations {
 using any =
     std::variant<std::monostate, linux_tables, kvm_translations, access_matrix, access_fuzz, pse36_translations>;
 
+/// The number of the block of a mode and leaf level; block_count if there is none.
+inline constexpr std::uint32_t block_count = 11;
+constexpr std::uint32_t block_of(mode m, std::uint32_t leaf_level) noexcept {
+  constexpr struct {
+    capture::mode m;
+    std::uint32_t leaf;
+  } blocks[block_count] = {{mode::two_level, 1}, {mode::two_level_pse, 1}, {mode::two_level_pse, 2}, {mode::pae, 1},
+                           {mode::pae, 2},       {mode::long_4, 1},        {mode::long_4, 2},        {mode::long_4, 3},
+                           {mode::long_5, 1},    {mode::long_5, 2},        {mode::long_5, 3}};
+  for (std::uint32_t i = 0; i < block_count; ++i) {
+    if (blocks[i].m == m && blocks[i].leaf == leaf_level) return i;
+  }
+  return block_count;
+}
+
 /// How many values each digit of a matrix row has, the least significant first: protection keys, SMAP with AC, SMEP,
 /// NXE, WP, access, leaf, parent, top. All zero if there is no such block.
 constexpr std::array<std::uint32_t, 9> matrix_radices(mode m, std::uint32_t leaf_level) noexcept {
   const bool long_mode = m == mode::long_4 || m == mode::long_5, wide = long_mode || m == mode::pae;
   const unsigned root = levels_of(m);
-  if (root == 0 || leaf_level < 1 || leaf_level > (long_mode ? 3U : 2U) || (m == mode::two_level && leaf_level == 2)) {
-    return {};
-  }
+  if (block_of(m, leaf_level) == block_count) return {};
   const std::uint32_t leaf = wide ? 30 : leaf_level == 1 ? 13 : 18;
   const bool pdpte_parent = m == mode::pae && leaf_level == 2;
   const std::uint32_t parent = leaf_level == root ? 1 : !wide ? 5 : pdpte_parent ? 2 : 11;

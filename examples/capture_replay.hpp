@@ -51,7 +51,8 @@ struct report {
 
 inline unsigned long long wide(std::uint64_t v) noexcept { return v; }
 
-/// Calls f(std::type_identity<Mode>{}) with the policy of a mode that the shadow MMU knows. Returns: false if it does not.
+/// Calls f(std::type_identity<Mode>{}) with the policy of a mode that the shadow MMU knows. Returns: false if it does
+/// not.
 template <class F>
 bool with_paging_mode(mode m, F&& f) {
   switch (m) {
@@ -199,8 +200,8 @@ void check_linux_capture(const linux_tables& t, Translator&& translate, report& 
 
 // ---- KVM_TRANSLATE -------------------------------------------------------------------------------------------------
 
-/// What KVM_TRANSLATE does with the bits of an address that the mode does not use: it repeats the highest used one where
-/// the processor would refuse (no check of canonical form), and hands them through where there is no paging.
+/// What KVM_TRANSLATE does with the bits of an address that the mode does not use: it repeats the highest used one
+/// where the processor would refuse (no check of canonical form), and hands them through where there is no paging.
 template <class Mode>
 std::uint64_t ask_as_kvm(const x86::guest_walker<Mode>& walker, guest_memory& memory, std::uint64_t va) {
   constexpr unsigned unused = 64 - Mode::address_bits;

@@ -45,7 +45,8 @@ template <class Mode>
 constexpr x86::walk_context user() {
   return context<Mode>([](auto& c) { c.cpl = 3; });
 }
-/// The least that makes an entry not present for the mode's level: PDPTEs are cleared, since their other bits are reserved.
+/// The least that makes an entry not present for the mode's level: PDPTEs are cleared, since their other bits are
+/// reserved.
 template <class Mode>
 constexpr std::uint64_t bits_but_present(unsigned level) {
   const bool pdpte = Mode::top_in_registers && level == Mode::levels;

@@ -53,8 +53,8 @@ void expect_same(capture::mode m, const access_case& c, std::uint64_t& wrong) {
   if (d.empty() || ++wrong > 3) return;
   std::string entries;
   for (unsigned l = c.levels; l > 0; --l) entries += " " + std::to_string(c.entries[l - 1]);
-  MESSAGE(d, " differs in mode ", std::string{capture::to_string(m)}, ", va ", c.va, ", access ", unsigned(c.how), ", entries",
-          entries);
+  MESSAGE(d, " differs in mode ", std::string{capture::to_string(m)}, ", va ", c.va, ", access ", unsigned(c.how),
+          ", entries", entries);
 }
 
 /// Entries that come near to mattering: mostly present, few bits besides the flags.

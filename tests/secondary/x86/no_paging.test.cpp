@@ -26,8 +26,7 @@ TEST_CASE("without paging an address is itself, for every access and every setti
     c.pkru = c.pkrs = 0xffffffff;
     c.nxe = (v & 32) != 0;
     const x86::guest_walker<x86::no_paging> w{c};
-    for (const how a :
-         {how::read, how::write, how::fetch, how::implicit_read, how::implicit_write}) {
+    for (const how a : {how::read, how::write, how::fetch, how::implicit_read, how::implicit_write}) {
       const x86::walk_result r = w.walk(memory, {0x8765'4321}, a);
       REQUIRE(r);
       CHECK(r.address == gpa{0x8765'4321});

@@ -35,7 +35,8 @@ class reference_walk {
 
   reference_outcome run() {
     if (k_.levels == 0) return done(k_.va & 0xffffffff);
-    if (k_.levels == 3 && one(k_.entries[2], 0) && pdpte_is_bad(k_.entries[2])) return end(reference_outcome::bad_pdpte);
+    if (k_.levels == 3 && one(k_.entries[2], 0) && pdpte_is_bad(k_.entries[2]))
+      return end(reference_outcome::bad_pdpte);
     if (k_.levels >= 4 && !canonical()) return end(reference_outcome::general_protection);
     bool w = true, u = true, nx = false;
     for (unsigned level = k_.levels; level > 0; --level) {

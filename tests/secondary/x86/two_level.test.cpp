@@ -32,7 +32,8 @@ TEST_CASE("a 4 MiB page's address has as many bits as the processor gives it, an
 
 TEST_CASE("small leaves and entries that name a table have no reserved bits") {
   for (const bool flag : {false, true}) {
-    const x86::entry_format f{.maxphyaddr = 32, .nxe = flag, .pse = flag, .gib_pages = flag, .amd = flag, .pse36_bits = 32};
+    const x86::entry_format f{
+        .maxphyaddr = 32, .nxe = flag, .pse = flag, .gib_pages = flag, .amd = flag, .pse36_bits = 32};
     for (const unsigned level : {1U, 2U}) CHECK(mode::reserved(level, f) == 0);
     CHECK(mode::reserved_large(1, f) == 0);
   }
@@ -68,7 +69,8 @@ TEST_CASE("every entry grants fetches, whatever its bits") {
   using x86::rights;
   for (std::uint32_t v = 0; v < 4; ++v) {
     for (const std::uint32_t rest : {0U, 0xffff'fff9U}) {
-      CHECK(x86::rights_in(mode::grants(v << 1 | rest, 1)) == rights{static_cast<std::uint8_t>(v | rights::execute_bit)});
+      CHECK(x86::rights_in(mode::grants(v << 1 | rest, 1)) ==
+            rights{static_cast<std::uint8_t>(v | rights::execute_bit)});
     }
   }
 }

@@ -81,14 +81,14 @@ struct walked_entry {
 /// What a walk found. Trivially copyable.
 struct walk_result {
   walk_status status = walk_status::ok;
-  std::uint8_t end_level = 0;   ///< the level of the leaf, or of the offending entry; 0: no entry maps it (no paging)
-  std::uint8_t page_shift = 0;  ///< log2 of the size of the page, 12, 21, 22 or 30 (no paging: 32); ok only
-  rights granted{};             ///< by all levels together; ok, and page faults by rights
-  bool unmarked = false;        ///< accessed or dirty bits are missing that this access would set: translate, or ROM
-  fault_code code{};            ///< page_fault only
-  gpa address{};                ///< the translation of the very address; ok only
-  std::uint8_t entry_shift = 3; ///< log2 of the size of an entry
-  gva va{};                     ///< the address, as far as the mode uses it
+  std::uint8_t end_level = 0;    ///< the level of the leaf, or of the offending entry; 0: no entry maps it (no paging)
+  std::uint8_t page_shift = 0;   ///< log2 of the size of the page, 12, 21, 22 or 30 (no paging: 32); ok only
+  rights granted{};              ///< by all levels together; ok, and page faults by rights
+  bool unmarked = false;         ///< accessed or dirty bits are missing that this access would set: translate, or ROM
+  fault_code code{};             ///< page_fault only
+  gpa address{};                 ///< the translation of the very address; ok only
+  std::uint8_t entry_shift = 3;  ///< log2 of the size of an entry
+  gva va{};                      ///< the address, as far as the mode uses it
   /// The tables and what the walk found in them, [level-1]; zero below end_level and above the root. Of PAE's level 3
   /// these are the register and the place that it was loaded from. A walk writes every element, so they have no
   /// initialisers: to zero them first costs a fifth of a walk (gcc 12, AMD EPYC). walk_result{} is all zeros.
@@ -111,7 +111,7 @@ struct walk_result {
   constexpr bool global() const noexcept { return (leaf() & pte::global) != 0; }  ///< needs CR4.PGE to count
   /// The leaf's PAT bit, which lies elsewhere in a large one.
   constexpr bool pat() const noexcept { return (leaf() & (page_shift == 12 ? pte::pat_4k : pte::pat_large)) != 0; }
-  constexpr unsigned protection_key() const noexcept {                            ///< long modes only
+  constexpr unsigned protection_key() const noexcept {  ///< long modes only
     return static_cast<unsigned>((leaf() & pte::protection_key) >> pte::protection_key_shift);
   }
   constexpr std::uint64_t page_bytes() const noexcept { return std::uint64_t{1} << page_shift; }
@@ -339,9 +339,9 @@ class guest_walker {
 
   walk_context context_;
   bool checks_keys_;
-  std::array<entry_type, Mode::levels> checked_{};                         ///< [level-1]
-  std::array<rights_set, accesses> forbidden_{};                           ///< [access]
-  std::array<std::uint32_t, Mode::has_keys ? 2 * accesses : 0> keys_{};    ///< [2 * access + user page]
+  std::array<entry_type, Mode::levels> checked_{};                       ///< [level-1]
+  std::array<rights_set, accesses> forbidden_{};                         ///< [access]
+  std::array<std::uint32_t, Mode::has_keys ? 2 * accesses : 0> keys_{};  ///< [2 * access + user page]
 };
 
 }  // namespace x86

@@ -5,8 +5,8 @@
 //
 // The PDPTEs are no table that walks read. The processor loads the four of them into registers when CR3 is written, and
 // at some writes of CR0 and CR4 (reloads_pdptes in control_registers.hpp), and refuses that write with #GP if one that
-// is present has a reserved bit set. From then on the registers count, whatever memory says. They carry no rights and no
-// accessed bit; one that is not present ends a walk like any entry.
+// is present has a reserved bit set. From then on the registers count, whatever memory says. They carry no rights and
+// no accessed bit; one that is not present ends a walk like any entry.
 //
 // In the levels below, bits 52 to 62 are reserved, as is bit 63 while EFER.NXE is 0.
 

@@ -3,10 +3,10 @@
 
 // 32-bit paging: two levels of 1024 4-byte entries, 4 KiB pages and, with CR4.PSE, 4 MiB pages (SDM 4.3).
 //
-// A 4 MiB page can lie above 4 GiB (PSE-36): bits 13 and up of its entry are the bits 32 and up of its address. How many
-// there are is a property of the processor; the rest up to bit 21 is reserved. A 4 KiB leaf, and a directory entry that
-// names a table, have no reserved bits at all. There is no NX bit: everything can be executed but what SMEP forbids, and
-// a fetch is marked in the error code under SMEP alone, whatever EFER.NXE says.
+// A 4 MiB page can lie above 4 GiB (PSE-36): bits 13 and up of its entry are the bits 32 and up of its address. How
+// many there are is a property of the processor; the rest up to bit 21 is reserved. A 4 KiB leaf, and a directory entry
+// that names a table, have no reserved bits at all. There is no NX bit: everything can be executed but what SMEP
+// forbids, and a fetch is marked in the error code under SMEP alone, whatever EFER.NXE says.
 
 #include <cstdint>
 
