@@ -292,10 +292,11 @@ inline std::uint16_t matrix_outcome(const access_matrix& m, const access_case& c
   return static_cast<std::uint16_t>(access_matrix::done | o.accessed << 8 | (o.dirty != 0 ? 1U << 13 : 0U));
 }
 
-/// Every row that the capture does not declare undecided.
+/// Every row that the capture does not declare undecided, or one of `step` of them.
 template <x86::paging_mode Mode, class Tamper = untampered>
-void check_matrix(const access_matrix& m, std::type_identity<Mode>, report& out, Tamper tamper = {}) {
-  for (std::size_t row = 0; row < m.outcomes.size(); ++row) {
+void check_matrix(const access_matrix& m, std::type_identity<Mode>, report& out, Tamper tamper = {},
+                  std::size_t step = 1) {
+  for (std::size_t row = 0; row < m.outcomes.size(); row += step) {
     if (m.outcomes[row] == access_matrix::untested) {
       ++out.skipped;
       continue;
@@ -312,9 +313,9 @@ void check_matrix(const access_matrix& m, std::type_identity<Mode>, report& out,
 }
 
 template <class Tamper = untampered>
-void check_matrix(const access_matrix& m, report& out, Tamper tamper = {}) {
+void check_matrix(const access_matrix& m, report& out, Tamper tamper = {}, std::size_t step = 1) {
   with_walked_mode(m.mode, [&]<class Mode>(std::type_identity<Mode> mode) {
-    if constexpr (x86::paging_mode<Mode>) check_matrix(m, mode, out, tamper);
+    if constexpr (x86::paging_mode<Mode>) check_matrix(m, mode, out, tamper, step);
   });
 }
 

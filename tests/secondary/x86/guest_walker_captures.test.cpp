@@ -59,7 +59,7 @@ template <class Tamper>
 std::uint64_t matrix_mismatches(const std::string& block, Tamper tamper) {
   capture::report r;
   const auto m = capture_file<capture::access_matrix>("access_matrix/block" + block + ".agreed.rle");
-  capture::check_matrix(m, r, tamper);
+  capture::check_matrix(m, r, tamper, m.outcomes.size() > 100'000 ? 17 : 1);  // no divisor of a digit's count
   return r.mismatches;
 }
 template <class Tamper>
