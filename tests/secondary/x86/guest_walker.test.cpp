@@ -67,7 +67,7 @@ static_assert(std::is_trivially_copyable_v<x86::walk_result>);
 TEST_CASE("an address that is not canonical is a general protection fault and reads no memory") {
   chain<four> t;
   t.unreadable = 4;
-  for (const std::uint64_t a : {0x0000'8000'0000'0000, 0x7fff'ffff'ffff'ffff}) {
+  for (const std::uint64_t a : {0x0000'8000'0000'0000U, 0x7fff'ffff'ffff'ffffU}) {
     CHECK(t.walk(access::read, t.context(), {a}).status == walk_status::general_protection);
   }
   CHECK(t.walk(access::read, t.context(), {0xffff'7fff'ffff'ffff}).status == walk_status::general_protection);
