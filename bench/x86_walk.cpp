@@ -65,7 +65,7 @@ struct guest {
     constexpr std::uint64_t bits = pte::present | pte::writable | pte::user | pte::accessed | pte::dirty;
     for (unsigned l = Mode::levels; l > 1; --l) {
       const bool register_image = Mode::top_in_registers && l == Mode::levels;
-      put(l, first_va, (l - 1) * 0x1000 | (register_image ? pte::present : bits & ~pte::dirty));
+      put(l, first_va, std::uint64_t{0x1000} * (l - 1) | (register_image ? pte::present : bits & ~pte::dirty));
     }
     for (std::size_t i = 0; i < page_count; ++i) {
       const std::uint64_t page = i * 29 % page_count, va = first_va + page * page_size + i * 8;

@@ -665,7 +665,8 @@ struct contended {
   bool read_entry(gpa where, entry& value) const noexcept {
     constexpr std::uint64_t used = pwu | pte::accessed;
     const auto level = static_cast<unsigned>(where.value >> 12);
-    value = level == 1 ? leaf.load(std::memory_order_relaxed) : static_cast<entry>(0x1000 * (level - 1) | used);
+    value = level == 1 ? leaf.load(std::memory_order_relaxed)
+                       : static_cast<entry>(std::uint64_t{0x1000} * (level - 1) | used);
     return true;
   }
   exchange_result compare_exchange_entry(gpa, entry expected, entry desired) noexcept {
