@@ -61,6 +61,9 @@ static_assert(
     "the walker works at compile time");
 
 static_assert(std::is_trivially_copyable_v<x86::walk_result>);
+static_assert(x86::guest_memory<chain<two>, std::uint32_t> && x86::guest_memory<chain<four>, std::uint64_t>);
+static_assert(!x86::guest_memory<const chain<four>, std::uint64_t>, "what cannot be written can only be translated");
+static_assert(x86::readable_guest_memory<const chain<four>, std::uint64_t>);
 
 }  // namespace
 
@@ -539,6 +542,8 @@ TEST_CASE_TEMPLATE("if the guest changes an entry meanwhile, the walk starts aga
     CHECK(r.code.bits == W);
     CHECK(r.end_level == level);
     CHECK(gone.entries[level - 1] == 0);
+    CHECK(r.address == gpa{0});  // nothing is left of the walk before
+    CHECK(r.page_shift == 0);
 
     chain<Mode> protect;
     protect.collide_at = level;

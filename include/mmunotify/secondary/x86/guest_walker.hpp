@@ -14,7 +14,8 @@
 //     set ends it with RSVD|P, before any right is looked at. Rights are judged at the leaf, over all levels together.
 //   - Accessed and dirty bits change only for an access that is allowed, after all checks, top down, each by compare
 //     exchange. If the guest has changed an entry in between, nothing more is written and the whole walk starts again.
-//     So after a fault guest memory is untouched (the SDM leaves the upper levels' A bits to the implementation).
+//     So a fault leaves guest memory untouched, but for A bits of upper levels that were set before a collision (the
+//     SDM leaves those to the implementation). A table that maps itself, one entry at several levels, is no collision.
 //   - `translate` is the same judgement and writes nothing.
 //   - Guest memory that cannot be read or written is the fourth outcome, memory_error; what it means to the guest is
 //     the caller's business.
@@ -277,8 +278,10 @@ class guest_walker {
   MMUNOTIFY_COLD static constexpr bool end(walk_status why, unsigned level, fault_code code, walk_result& r) noexcept {
     r.status = why;
     r.end_level = static_cast<std::uint8_t>(level);
+    r.page_shift = 0;
     r.unmarked = false;
     r.code = code;
+    r.address = {};
     clear_unused(level, r);
     return true;
   }
