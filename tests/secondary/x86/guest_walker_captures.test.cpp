@@ -91,6 +91,20 @@ TEST_CASE("every translation of captured Linux guests is found, and nothing in b
   MESSAGE(translations, " translations, ", holes, " addresses without one");
 }
 
+TEST_CASE("a capture without paging maps every address to itself and has no gaps") {
+  capture::linux_tables t;
+  t.ram_bytes = 1U << 24;
+  t.maxphyaddr = 40;
+  t.translations = 3;
+  t.runs = {{.va = 0x1000, .pa = 0x1000, .va_stride = 0x1000, .pa_stride = 0x1000, .count = 2, .page_shift = 12},
+            {.va = 0x9000, .pa = 0x8000, .count = 1, .page_shift = 12}};
+  capture::report r;
+  capture::check_linux_capture(t, capture::walker_translator<x86::no_paging>{t}, r);
+  CHECK(r.checked == 3);
+  CHECK(r.holes == 0);
+  CHECK(r.mismatches == 1);
+}
+
 TEST_CASE("walks of captured Linux guests set what is missing and find nothing missing the second time") {
   for (const std::string& name : files("linux", "_0.bin")) {
     const auto t = capture_file<capture::linux_tables>(name);
