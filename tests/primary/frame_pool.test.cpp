@@ -58,7 +58,7 @@ TEST_CASE("a frame is freed by whoever gives up the last right to it, exactly on
     for (const int step : order) {
       CHECK(pool.generation(f) == 0);
       if (step == 2) {
-        pool.withdraw(f);
+        CHECK(pool.withdraw(f));
         pool.drop(f);
       } else {
         CHECK(pool.unpin(f));
@@ -93,7 +93,7 @@ TEST_CASE("a chain collects frames and drops them all; those on loan stay") {
     const pfn f = pool.allocate();
     pool.install(f);
     if (i == 2) pool.pin(kept = f);
-    pool.withdraw(f);
+    REQUIRE(pool.withdraw(f));
     pool.push(chain, f);
   }
   CHECK(chain.size() == 4);
@@ -207,7 +207,7 @@ TEST_CASE("threads that allocate, lend and free never share a frame, and none is
             fill_page(pool.data(f), static_cast<std::byte>(id));
             pool.install(f);
             pool.pin(f);
-            pool.withdraw(f);
+            if (!pool.withdraw(f)) wrong.fetch_add(1);
             if (pool.data(f)[random.below(page_size)] != static_cast<std::byte>(id)) wrong.fetch_add(1);
             if (!pool.unpin(f)) wrong.fetch_add(1);
             pool.push(chain, f);
