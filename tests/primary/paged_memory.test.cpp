@@ -177,7 +177,7 @@ pfn doubled{};
 TEST_CASE("verify names what is broken") {
   SUBCASE("a frame that is mapped twice") {
     four_pages m{8};
-    const area there{{at(9), at(10)}, protection::read};
+    const area there{{at(9), at(10)}, protection::read_write};
     REQUIRE(m.memory.areas().replaced(there.range, {&there, 1}, m.memory.areas()));
     REQUIRE(m.memory.make_way({0, at(1)}, at(9)));
     const pfn f = m.memory.translate(0).frame;
