@@ -112,6 +112,78 @@ TEST_CASE("what the device writes until start returns comes back with the page")
   sound(f.mmu);
 }
 
+/// A driver that says at registration that its own brackets are none of its business.
+struct filtering_device {
+  void invalidate_range_start(const invalidation&) noexcept { heard += 1; }
+  int heard = 0;
+};
+
+TEST_CASE("an owner that filters its own brackets out hears of the others, the processor's included") {
+  device_space f;
+  filtering_device d;
+  subscriber<filtering_device> node{d, subscriber_filter{.owner = &d}};
+  {
+    const auto held = f.mmu.lock_tables();
+    REQUIRE(f.mmu.space().register_subscriber(node, held) == errc::ok);
+  }
+  REQUIRE(f.mmu.migrate_to_device(pages(0, 1), &d) == errc::ok);
+  REQUIRE(f.mmu.make_exclusive(pages(1, 2), &d) == errc::ok);
+  REQUIRE(f.mmu.migrate_to_system(pages(0, 1), &d) == errc::ok);
+  REQUIRE(f.mmu.migrate_to_device(pages(0, 1), &d) == errc::ok);
+  CHECK(d.heard == 0);
+  CHECK(get(f.mmu, 0) == 100);
+  CHECK(d.heard == 1);
+  CHECK(get(f.mmu, 1) == 101);
+  CHECK(d.heard == 2);
+  REQUIRE(f.mmu.make_exclusive(pages(1, 2), &f.other) == errc::ok);
+  CHECK(d.heard == 3);
+  REQUIRE(f.mmu.space().unregister(node) == errc::ok);
+}
+
+/// A device that walks the primary's tables, and notes what they say when it is told to flush.
+struct walking_device {
+  void invalidate_range_start(const invalidation&) noexcept { starts += 1; }
+  void invalidate_range_end(const invalidation&) noexcept { ends += 1; }
+  void invalidate_secondary_tlbs(range r) noexcept {
+    flushes += 1;
+    between = between && starts == flushes && ends + 1 == flushes;
+    last = r;
+    seen = mmu.translate_locked(hva{r.first});
+    free = mmu.frames().free_count();
+  }
+  mmu_type& mmu;
+  int starts = 0, ends = 0, flushes = 0;
+  bool between = true;
+  range last{};
+  translation seen{};
+  std::size_t free = 0;
+};
+
+TEST_CASE("O4: devices that walk the tables flush when an entry has changed, and before its frame is free") {
+  device_space f;
+  walking_device d{f.mmu};
+  subscriber<walking_device> node{d};
+  {
+    const auto held = f.mmu.lock_tables();
+    REQUIRE(f.mmu.space().register_subscriber(node, held) == errc::ok);
+  }
+  const std::size_t free = f.ram.frames.free_count();
+  REQUIRE(f.mmu.unmap(pages(2, 3)) == errc::ok);
+  CHECK(d.last == pages(2, 3));
+  CHECK(d.seen.error == errc::not_mapped);
+  CHECK(d.free == free);
+  REQUIRE(f.mmu.swap_out(pages(0, 2)) == errc::ok);
+  CHECK(d.seen.swapped);
+  REQUIRE(get(f.mmu, 0) == 100);
+  REQUIRE(f.mmu.fork(f.child) == errc::ok);
+  REQUIRE(put(f.mmu, 0, 1) == errc::ok);
+  CHECK(d.last == pages(0, 1));
+  CHECK(d.seen.writable);
+  CHECK(d.flushes == 4);  // unmap, swap_out, fork, copy on write
+  CHECK(d.between);
+  REQUIRE(f.mmu.space().unregister(node) == errc::ok);
+}
+
 TEST_CASE("a device's pages are unmapped, moved and forgotten like others, and a child has copies") {
   device_space f;
   REQUIRE(f.mmu.migrate_to_device(pages(0, 3), &f.gpu) == errc::ok);

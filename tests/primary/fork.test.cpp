@@ -144,6 +144,26 @@ TEST_CASE("O1: a secondary of the parent that writes faults after fork, and the 
   sound(f.parent, f.child);
 }
 
+TEST_CASE(
+    "who lets translations be changed in place keeps his mapping over copy on write, and has the new frame then") {
+  for (const bool keeps : {true, false}) {
+    two_spaces f;
+    REQUIRE(f.parent.fork(f.child) == errc::ok);
+    mirror m{f.parent};
+    m.keeps_in_place = keeps;
+    REQUIRE(m.access(at(0), false, [](std::atomic_ref<std::uint64_t> w) { CHECK(w.load() == 100); }));
+    const std::uint64_t pins = f.parent.statistics().pins;
+    REQUIRE(put(f.parent, 0, 1) == errc::ok);
+    CHECK(m.size() == (keeps ? 1 : 0));
+    CHECK(m.agrees());
+    REQUIRE(m.access(at(0), true, [](std::atomic_ref<std::uint64_t> w) { CHECK(w.exchange(2) == 1); }));
+    CHECK(f.parent.statistics().pins == pins + (keeps ? 0 : 1));
+    CHECK(get(f.parent, 0) == 2);
+    CHECK(get(f.child, 0) == 100);
+    sound(f.parent, f.child);
+  }
+}
+
 TEST_CASE("a frame that is shared is freed after the last of them, whoever it is") {
   for (const bool parent_first : {false, true}) {
     two_spaces f;

@@ -85,22 +85,22 @@ TEST_CASE("unmapping or protecting the whole keeps it in one piece until it is g
   CHECK(look(f.mmu, 9).writable);
   sound(f.mmu);
   REQUIRE(f.mmu.unmap(pages(0, block)) == errc::ok);
-  CHECK(w.take() == seen_list{{event::protection_vma, 0, block}, {event::protection_vma, 0, block},
-                              {event::unmap, 0, block}});
+  CHECK(w.take() ==
+        seen_list{{event::protection_vma, 0, block}, {event::protection_vma, 0, block}, {event::unmap, 0, block}});
   CHECK(f.mmu.statistics().split == 0);
   CHECK(f.ram.frames.free_count() == 4 * block);
 }
 
 TEST_CASE("every operation on a part splits, and the contents stay") {
-  const auto parts = std::vector<errc (*)(mmu_type&)>{
-      [](mmu_type& m) { return m.protect(pages(5, 6), protection::read); },
-      [](mmu_type& m) { return m.swap_out(pages(5, 6)); },
-      [](mmu_type& m) { return m.migrate(pages(5, 6)); },
-      [](mmu_type& m) { return m.migrate_to_device(pages(5, 6), &m); },
-      [](mmu_type& m) { return m.make_exclusive(pages(5, 6), &m); },
-      [](mmu_type& m) { return m.clear_soft_dirty(pages(5, 6)); },
-      [](mmu_type& m) { return m.move(pages(5, 6), at(1000)); },
-      [](mmu_type& m) { return m.merge_equal(pages(5, 8)).error; }};
+  const auto parts =
+      std::vector<errc (*)(mmu_type&)>{[](mmu_type& m) { return m.protect(pages(5, 6), protection::read); },
+                                       [](mmu_type& m) { return m.swap_out(pages(5, 6)); },
+                                       [](mmu_type& m) { return m.migrate(pages(5, 6)); },
+                                       [](mmu_type& m) { return m.migrate_to_device(pages(5, 6), &m); },
+                                       [](mmu_type& m) { return m.make_exclusive(pages(5, 6), &m); },
+                                       [](mmu_type& m) { return m.clear_soft_dirty(pages(5, 6)); },
+                                       [](mmu_type& m) { return m.move(pages(5, 6), at(1000)); },
+                                       [](mmu_type& m) { return m.merge_equal(pages(5, 8)).error; }};
   for (const auto operation : parts) {
     huge_space f;
     watcher w{f.mmu};

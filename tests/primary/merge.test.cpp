@@ -103,6 +103,26 @@ TEST_CASE("pages are compared when nobody can write any more: what is written un
   }
 }
 
+TEST_CASE("who lets translations be changed in place keeps his mappings over a merge, and faults to write") {
+  six_pages f;
+  mirror m{f.mmu};
+  for (const std::uintptr_t page : {0, 1, 2, 4}) {
+    REQUIRE(m.access(at(page), true, [](std::atomic_ref<std::uint64_t> w) { w.fetch_add(1); }));
+  }
+  REQUIRE(f.mmu.merge_equal(pages(0, 6)).merged == 2);
+  CHECK(m.size() == 4);
+  CHECK(m.agrees());
+  const std::uint64_t pins = f.mmu.statistics().pins;
+  REQUIRE(m.access(at(2), false, [](std::atomic_ref<std::uint64_t> w) { CHECK(w.load() == 8); }));
+  CHECK(f.mmu.statistics().pins == pins);
+  REQUIRE(m.access(at(2), true, [](std::atomic_ref<std::uint64_t> w) { w.store(20); }));
+  CHECK(m.agrees());
+  CHECK(get(f.mmu, 2) == 20);
+  CHECK(get(f.mmu, 0) == 8);
+  CHECK(get(f.mmu, 4) == 8);
+  sound(f.mmu);
+}
+
 TEST_CASE("merging goes on with what fork shares, and read-only areas take part") {
   six_pages f;
   REQUIRE(f.mmu.protect(pages(2, 3), protection::read) == errc::ok);

@@ -8,6 +8,7 @@
 
 #include <doctest/doctest.h>
 
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <mutex>
@@ -132,8 +133,8 @@ class watcher {
 };
 using seen_list = std::vector<bracket_seen>;
 
-/// A secondary MMU in the small, for the first pages: frames with their rights, filled by faults. It can use device
-/// pages and exclusive ones of which it is the owner, and ignores its own brackets, as a driver does.
+/// A secondary MMU in the small: frames with their rights, filled by faults. It can use device pages and exclusive ones
+/// of which it is the owner, and lets translations be changed in place.
 class mirror {
  public:
   struct entry {
@@ -158,9 +159,14 @@ class mirror {
       return false;
     }
     window_.start(i.range);
-    const auto last = table_.lower_bound(i.range.last);
-    table_.erase(table_.lower_bound(i.range.first), last);
+    if (!i.in_place || !keeps_in_place)
+      table_.erase(table_.lower_bound(i.range.first), table_.lower_bound(i.range.last));
     return true;
+  }
+  void change_entry(const entry_change& e) noexcept {
+    const std::lock_guard held{mutex_};
+    const auto found = table_.find(e.range.first);
+    if (found != table_.end()) found->second = {e.frame, mmu.data(e.frame), e.writable, false};
   }
   void invalidate_range_end(const invalidation& i) noexcept {
     const std::lock_guard held{mutex_};
@@ -221,6 +227,7 @@ class mirror {
   }
 
   mmu_type& mmu;
+  std::atomic<bool> keeps_in_place{true};
 
  private:
   void install(const range& page, const entry& e, invalidation_window<>::snapshot since) {

@@ -19,7 +19,8 @@ struct tracked_space {
   mmu_type mmu, child;
 };
 
-TEST_CASE("clearing brackets the range with soft_dirty and write-protects; the first write marks the page, without one") {
+TEST_CASE(
+    "clearing brackets the range with soft_dirty and write-protects; the first write marks the page, without one") {
   tracked_space f;
   CHECK(f.dirty(0));
   CHECK(f.dirty(7));  // it was mapped since

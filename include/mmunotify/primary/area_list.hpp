@@ -5,9 +5,8 @@
 //
 // A sorted array of disjoint areas. It is never changed in place: an operation builds the list as it will be, which
 // is where allocation may fail, and then swaps the two between start and end of its bracket, which cannot fail. There
-// are two ways to build: cut a hole and fill it (mapping, unmapping, both halves of a move), or change what the areas of
-// a range say (protecting, soft-dirty tracking).
-// Neighbours that touch and agree are merged.
+// are two ways to build: cut a hole and fill it (mapping, unmapping, both halves of a move), or change what the areas
+// of a range say (protecting, soft-dirty tracking). Neighbours that touch and agree are merged.
 //
 // Cost: finding O(log n), changing O(n) in the number of areas. Limits: for hundreds of areas, not for millions.
 
@@ -36,7 +35,9 @@ struct area {
   protection allows = protection::none;
   bool soft_dirty = true;  ///< all of it counts as written: it was made, or came here, since clear_soft_dirty
 
-  constexpr area clipped_to(const mmunotify::range& r) const noexcept { return {range.clipped_to(r), allows, soft_dirty}; }
+  constexpr area clipped_to(const mmunotify::range& r) const noexcept {
+    return {range.clipped_to(r), allows, soft_dirty};
+  }
   friend constexpr bool operator==(const area&, const area&) = default;
 };
 
@@ -95,8 +96,8 @@ class area_list {
     return true;
   }
 
-  /// Effects: `out` becomes this list, in which change(area&) has been applied to what lies in r. It may not change ranges.
-  /// Preconditions: out is another list. Returns: false when memory ran out; out is then as it was.
+  /// Effects: `out` becomes this list, in which change(area&) has been applied to what lies in r. It may not change
+  /// ranges. Preconditions: out is another list. Returns: false when memory ran out; out is then as it was.
   template <class Change>
   [[nodiscard]] bool changed(const range& r, Change change, area_list& out) const noexcept {
     area_list next;

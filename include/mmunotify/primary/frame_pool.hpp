@@ -27,7 +27,8 @@
 // and any touch of it is reported where it happens.
 //
 // Context: every member may be called from any thread. Those that change the free list take a short lock, inside
-// which nothing sleeps, and which is the innermost of all locks. Limits: 2^32 - 2 frames, 2^31 - 1 entries and as many loans each.
+// which nothing sleeps, and which is the innermost of all locks. Limits: 2^32 - 2 frames, 2^31 - 1 entries and as many
+// loans each.
 
 #include <atomic>
 #include <cstddef>
@@ -128,8 +129,8 @@ class frame_pool {
     return {f};
   }
 
-  /// Takes block_frames frames in a row, of which the first is a multiple of block_frames. Returns: the first, all held,
-  /// contents undefined; none if there are no such. Cost: looks at the whole pool, under its lock.
+  /// Takes block_frames frames in a row, of which the first is a multiple of block_frames. Returns: the first, all
+  /// held, contents undefined; none if there are no such. Cost: looks at the whole pool, under its lock.
   [[nodiscard]] pfn allocate_block() noexcept {
     std::size_t first = 0;
     {

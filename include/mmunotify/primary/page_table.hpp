@@ -36,10 +36,11 @@ struct page_entry {
   static constexpr std::uint64_t swapped_bit = 2;
   static constexpr std::uint64_t young_bit = 4;
   static constexpr std::uint64_t lock_bit = 8;
-  static constexpr std::uint64_t writable_bit = 16;     ///< of a present one only: writes need no fault
-  static constexpr std::uint64_t soft_dirty_bit = 32;   ///< written, or made, since clear_soft_dirty; writable implies it
-  static constexpr std::uint64_t device_bit = 64;       ///< the contents are in the device's memory
-  static constexpr std::uint64_t exclusive_bit = 128;   ///< a frame that its owner alone may use
+  static constexpr std::uint64_t writable_bit = 16;  ///< of a present one only: writes need no fault
+  static constexpr std::uint64_t soft_dirty_bit =
+      32;                                          ///< written, or made, since clear_soft_dirty; writable implies it
+  static constexpr std::uint64_t device_bit = 64;  ///< the contents are in the device's memory
+  static constexpr std::uint64_t exclusive_bit = 128;  ///< a frame that its owner alone may use
 
   static constexpr page_entry mapping(pfn f, bool young) noexcept {
     return {f.value << page_shift | present_bit | (young ? young_bit : 0)};

@@ -132,9 +132,9 @@ class paged_memory {
     return e == errc::ok ? f(entry.value.frame(), entry.value.writable()) : e;
   }
 
-  /// Calls copy(place in a frame, bytes done, bytes now) for the pieces of [a, a + n). pin(page, frame) -> errc pins one
-  /// page. All are pinned before the first is touched, so that nothing is half-done when memory runs out.
-  /// Errors: bad_range, not_mapped, access_denied, no_memory, and those of pin. Context: shared.
+  /// Calls copy(place in a frame, bytes done, bytes now) for the pieces of [a, a + n). pin(page, frame) -> errc pins
+  /// one page. All are pinned before the first is touched, so that nothing is half-done when memory runs out. Errors:
+  /// bad_range, not_mapped, access_denied, no_memory, and those of pin. Context: shared.
   template <class Pin, class Copy>
   errc transfer(std::uintptr_t a, std::size_t n, bool write, Pin pin, Copy copy) noexcept {
     if (n == 0) return errc::ok;
@@ -181,14 +181,18 @@ class paged_memory {
     counters_.add(counter::revoked);
   }
 
-  /// Returns: whether any page of r is young. Effects: none is, afterwards, if `clear`. Context: shared.
+  /// Calls f(address) for the pages of r that are young; none is, afterwards, if `clear`. Context: shared.
+  template <class Function>
+  void each_young(const range& r, bool clear, Function f) noexcept {
+    table_.for_each(r, [&](std::uintptr_t a, page_slot& slot) {
+      locked_entry entry{slot};
+      if (entry.value.young()) f(a);
+      if (clear) entry.value = entry.value.without(page_entry::young_bit);
+    });
+  }
   bool young(const range& r, bool clear) noexcept {
     bool any = false;
-    table_.for_each(r, [&](std::uintptr_t, page_slot& slot) {
-      locked_entry entry{slot};
-      any = any || entry.value.young();
-      if (clear) entry.value.bits &= ~page_entry::young_bit;
-    });
+    each_young(r, clear, [&](std::uintptr_t) { any = true; });
     return any;
   }
 

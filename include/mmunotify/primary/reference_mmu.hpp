@@ -23,8 +23,8 @@
 // reference can appear; the page is counted as skipped, and the operation succeeds. unmap takes the page away all the
 // same: the frame then lives on until the last unpin and is nobody's page.
 //
-// The same goes for everything else that takes contents elsewhere; fork gives the child a copy. A lease is of a frame and
-// not of an address: after copy on write its holder has the old one, until the invalidation tells.
+// The same goes for everything else that takes contents elsewhere; fork gives the child a copy. A lease is of a frame
+// and not of an address: after copy on write its holder has the old one, until the invalidation tells.
 //
 // Which bracket (as in Linux; each over the pages or areas that change):
 //   unmap             unmap; both sides of move       protection_vma    protect
@@ -33,7 +33,8 @@
 //   protection_page   fork, in the parent             soft_dirty        clear_soft_dirty
 //   migrate           migrate with an owner, to a device and back; no owner when the processor fetches the page
 //   exclusive         make_exclusive
-// Rights that only grow (a page becomes writable where it is) need none.
+// Rights that only grow (a page becomes writable where it is) need none. Copy on write and merging bracket in place:
+// who has change_entry keeps what it maps, and is told what to map instead.
 //
 // Contents are copied after start has returned, since secondaries may write until then.
 //
@@ -72,22 +73,14 @@
 
 MMUNOTIFY_BEGIN_NAMESPACE
 
-/// Whether anybody may have written to a range since clear_soft_dirty.
-struct soft_dirty_answer {
-  errc error = errc::ok;
-  bool dirty = false;
-
-  constexpr explicit operator bool() const noexcept { return dirty; }
-};
-
 template <notifying_space Space = address_space<arming::under<std::shared_mutex>>>
 class reference_mmu : public detail::accessed_memory<Space> {
   using base = detail::accessed_memory<Space>;
   using base::core_, base::lock_, base::memory_;
 
  public:
-  /// An empty address space over memory of its own. When memory for it cannot be had, there is none, and what needs some
-  /// answers errc::no_memory.
+  /// An empty address space over memory of its own. When memory for it cannot be had, there is none, and what needs
+  /// some answers errc::no_memory.
   reference_mmu(std::size_t frames, std::size_t swap_slots, std::size_t device_pages = 0) noexcept
       : base(frames, swap_slots, device_pages) {}
   explicit reference_mmu(std::size_t frames) noexcept : reference_mmu(frames, frames) {}
@@ -158,7 +151,9 @@ class reference_mmu : public detail::accessed_memory<Space> {
     if (allows > protection::read_write) return errc::access_denied;
     if (!memory_.areas().covers(r)) return errc::not_mapped;
     area_list next;
-    if (!memory_.areas().changed(r, [allows](area& a) { a.allows = allows; }, next)) return errc::no_memory;
+    if (!memory_.areas().changed(
+            r, [allows](area& a) { a.allows = allows; }, next))
+      return errc::no_memory;
     core_.split_edges(r);
     core_.change(r, event::protection_vma, nullptr, [&](withdrawn_pages&) {
       memory_.areas().swap(next);
@@ -172,10 +167,10 @@ class reference_mmu : public detail::accessed_memory<Space> {
   }
 
   /// Effects: pages and areas of `old` move to [to, to + size), frames and contents unchanged, as mremap with a fixed
-  /// destination does; huge pages stay huge if the distance is a multiple of 2 MiB. At `to` they are soft-dirty. What was mapped there is destroyed, in a bracket of its own over the destination with
-  /// event::unmap; then the move itself in a bracket over `old` with event::unmap.
-  /// Errors: bad_range (either range), not_mapped (some of `old` is not), overlap (of the two), no_memory, released,
-  /// would_deadlock.
+  /// destination does; huge pages stay huge if the distance is a multiple of 2 MiB. At `to` they are soft-dirty. What
+  /// was mapped there is destroyed, in a bracket of its own over the destination with event::unmap; then the move
+  /// itself in a bracket over `old` with event::unmap. Errors: bad_range (either range), not_mapped (some of `old` is
+  /// not), overlap (of the two), no_memory, released, would_deadlock.
   errc move(range old, std::uintptr_t to) noexcept {
     const tables_lock::exclusive in{lock_};
     if (const errc e = core_.admitted(in, old); e != errc::ok) return e;
@@ -200,30 +195,31 @@ class reference_mmu : public detail::accessed_memory<Space> {
     return errc::ok;
   }
 
-  /// Effects: `child` gets the areas and pages of this address space, shared until one of the two writes. The areas that
-  /// have pages are bracketed here with event::protection_page. Pages that may be written through a loan, and those in a
-  /// device's memory, are copied for the child at once.
-  /// Errors: access_denied (the child uses other memory), overlap (it has areas), no_memory, released (either),
-  /// would_deadlock (also if it is this one).
+  /// Effects: `child` gets the areas and pages of this address space, shared until one of the two writes. The areas
+  /// that have pages are bracketed here with event::protection_page. Pages that may be written through a loan, and
+  /// those in a device's memory, are copied for the child at once. Errors: access_denied (the child uses other memory),
+  /// overlap (it has areas), no_memory, released (either), would_deadlock (also if it is this one).
   errc fork(reference_mmu& child) noexcept {
     const bool before = std::less<>{}(this, &child);
     const tables_lock::exclusive first{before ? lock_ : child.lock_};
     const tables_lock::exclusive second{before ? child.lock_ : lock_};
-    if (const errc e = core_.admitted(first); e != errc::ok) return e;
-    if (const errc e = child.core_.admitted(second); e != errc::ok) return e;
+    if (const errc e = core_.admitted(before ? first : second); e != errc::ok) return e;
+    if (const errc e = child.core_.admitted(before ? second : first); e != errc::ok) return e;
     if (&memory_.physical() != &child.memory_.physical()) return errc::access_denied;
     return detail::forking{core_, child.core_}.run();
   }
 
-  /// Effects: r counts as clean from here on, in one bracket over r with event::soft_dirty; its pages are write-protected,
-  /// so that the first write of anybody is a fault. Errors: bad_range, not_mapped (nothing in r is), no_memory, released,
-  /// would_deadlock.
+  /// Effects: r counts as clean from here on, in one bracket over r with event::soft_dirty; its pages are
+  /// write-protected, so that the first write of anybody is a fault. Errors: bad_range, not_mapped (nothing in r is),
+  /// no_memory, released, would_deadlock.
   errc clear_soft_dirty(range r) noexcept {
     const tables_lock::exclusive in{lock_};
     if (const errc e = core_.admitted(in, r); e != errc::ok) return e;
     if (!memory_.areas().overlaps(r)) return errc::not_mapped;
     area_list next;
-    if (!memory_.areas().changed(r, [](area& a) { a.soft_dirty = false; }, next)) return errc::no_memory;
+    if (!memory_.areas().changed(
+            r, [](area& a) { a.soft_dirty = false; }, next))
+      return errc::no_memory;
     core_.split_edges(r);
     core_.change(r, event::soft_dirty, nullptr, [&](withdrawn_pages&) {
       if constexpr (!detail::mutated(detail::mutation::soft_dirty_keeps_write)) memory_.write_protect(r, true);
@@ -232,7 +228,8 @@ class reference_mmu : public detail::accessed_memory<Space> {
     return errc::ok;
   }
 
-  // --- Pages. Each: Context: as for areas. They run beside each other and beside faults, but for the first two. -------
+  // --- Pages. Each: Context: as for areas. They run beside each other and beside faults, but for the first two.
+  // -------
 
   /// Effects: the aligned 2 MiB of r that lie in one area and have pages become huge pages, each in one bracket with
   /// event::clear: small pages are copied, swapped ones come back, missing ones are zero. Blocks with pages on loan are
@@ -245,9 +242,10 @@ class reference_mmu : public detail::accessed_memory<Space> {
     return detail::collapsing{core_}.run(r);
   }
 
-  /// Effects: present pages of r that hold the same bytes share one frame, read-only until somebody writes. Of each pair
-  /// both are bracketed, one after the other, with event::clear. Pages on loan are left alone. Pages of this address
-  /// space only. Errors: bad_range, not_mapped (nothing in r is), no_memory, released, would_deadlock. Cost: hashes r.
+  /// Effects: present pages of r that hold the same bytes share one frame, read-only until somebody writes. Of each
+  /// pair both are bracketed, one after the other, with event::clear. Pages on loan are left alone. Pages of this
+  /// address space only. Errors: bad_range, not_mapped (nothing in r is), no_memory, released, would_deadlock. Cost:
+  /// hashes r.
   merge_answer merge_equal(range r) noexcept {
     const tables_lock::exclusive in{lock_};
     if (const errc e = core_.admitted(in, r); e != errc::ok) return {e, 0};
@@ -286,8 +284,8 @@ class reference_mmu : public detail::accessed_memory<Space> {
     return replace_pages(r, event::migrate, owner, detail::to_system(memory_.physical(), owner));
   }
 
-  /// Effects: the pages of r are faulted in for writing; then, in one bracket over r with event::exclusive and the owner,
-  /// they become the owner's alone. An access by the processor takes a page back, in a bracket of its own with
+  /// Effects: the pages of r are faulted in for writing; then, in one bracket over r with event::exclusive and the
+  /// owner, they become the owner's alone. An access by the processor takes a page back, in a bracket of its own with
   /// event::clear. Pages on loan are skipped and counted; find_owned says which the owner has.
   /// Errors: bad_range, not_mapped, access_denied (some of r may not be written, or the owner is null), no_memory,
   /// released, would_deadlock.
@@ -306,19 +304,10 @@ class reference_mmu : public detail::accessed_memory<Space> {
     return detail::find_owned(memory_, static_cast<std::uintptr_t>(a.value), owner, write);
   }
 
-  /// Returns: whether somebody may have written to r since clear_soft_dirty: the processor, a secondary, or a device; or
-  /// r was mapped or moved since. Errors: bad_range, not_mapped (nothing in r is), released, would_deadlock.
-  soft_dirty_answer soft_dirty(range r) noexcept {
-    const tables_lock::shared in{lock_};
-    if (const errc e = core_.admitted(in, r); e != errc::ok) return {e, false};
-    if (!memory_.areas().overlaps(r)) return {errc::not_mapped, false};
-    return {errc::ok, memory_.soft_dirty(r)};
-  }
-
-  /// Effects: takes the pages of all areas away, and waits for nobody: each area is one bracket that may not block, with
-  /// event::clear. An area that a secondary refuses is left exactly as it is. The areas stay; contents are lost: this is
-  /// for an address space whose user is about to die. Progress: non-blocking.
-  /// Returns: what was reaped and what refused. Errors: again (the tables are in use), released, would_deadlock.
+  /// Effects: takes the pages of all areas away, and waits for nobody: each area is one bracket that may not block,
+  /// with event::clear. An area that a secondary refuses is left exactly as it is. The areas stay; contents are lost:
+  /// this is for an address space whose user is about to die. Progress: non-blocking. Returns: what was reaped and what
+  /// refused. Errors: again (the tables are in use), released, would_deadlock.
   reap_answer reap() noexcept {
     const tables_lock::try_shared in{lock_};
     if (const errc e = core_.admitted(in); e != errc::ok) return {.error = e};

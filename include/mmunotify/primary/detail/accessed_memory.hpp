@@ -15,6 +15,7 @@
 #include <mmunotify/base/frame.hpp>
 #include <mmunotify/base/range.hpp>
 #include <mmunotify/base/result.hpp>
+#include <mmunotify/base/young_batch.hpp>
 #include <mmunotify/primary/detail/bracketed_memory.hpp>
 #include <mmunotify/primary/frame_access.hpp>
 #include <mmunotify/primary/paged_memory.hpp>
@@ -30,6 +31,14 @@ struct young_answer {
   bool young = false;
 
   constexpr explicit operator bool() const noexcept { return young; }
+};
+
+/// Whether anybody may have written to a range since clear_soft_dirty.
+struct soft_dirty_answer {
+  errc error = errc::ok;
+  bool dirty = false;
+
+  constexpr explicit operator bool() const noexcept { return dirty; }
 };
 
 namespace detail {
@@ -85,7 +94,8 @@ class accessed_memory {
   /// under the notifier's protection. Preconditions: f came from pin(). Progress: wait-free. Context: any.
   std::byte* data(pfn f) noexcept { return memory_.frames().data(f); }
 
-  // --- Young bits. Context: as pin(). They run beside each other, and beside faults. ----------------------------------
+  // --- Young bits. Context: as pin(). They run beside each other, and beside faults.
+  // ----------------------------------
 
   /// Effects: clears "accessed" for r here and in every secondary, without a flush there.
   /// Returns: whether any page was young anywhere. Errors: bad_range, not_mapped, released, would_deadlock.
@@ -101,7 +111,30 @@ class accessed_memory {
     return ask_young(r, false, [&] { return core_.space.test_young(r); });
   }
 
-  // --- Access by the primary itself. Each faults pages in, as pin(), and marks them young. Context: as pin(). ---------
+  /// Effects: sets the bits of the pages of r that are young anywhere, and leaves the others: bit n % 64 of word n / 64
+  /// for page n. With `clear`, nobody has accessed them afterwards, without a flush. Errors: bad_range (also if there
+  /// are not enough bits), not_mapped, released, would_deadlock.
+  errc young_pages(range r, std::span<std::uint64_t> bits, bool clear) noexcept {
+    const tables_lock::shared in{lock_};
+    if (const errc e = core_.admitted(in, r); e != errc::ok) return e;
+    if (!young_batch::fits(r, bits)) return errc::bad_range;
+    if (!memory_.areas().overlaps(r)) return errc::not_mapped;
+    young_batch batch{r, bits, clear};
+    memory_.each_young(r, clear, [&](std::uintptr_t page) { batch.mark(page); });
+    return core_.space.young_pages(r, bits, clear);
+  }
+
+  /// Returns: whether somebody may have written to r since clear_soft_dirty: the processor, a secondary, or a device;
+  /// or r was mapped or moved since. Errors: bad_range, not_mapped (nothing in r is), released, would_deadlock.
+  soft_dirty_answer soft_dirty(range r) noexcept {
+    const tables_lock::shared in{lock_};
+    if (const errc e = core_.admitted(in, r); e != errc::ok) return {e, false};
+    if (!memory_.areas().overlaps(r)) return {errc::not_mapped, false};
+    return {errc::ok, memory_.soft_dirty(r)};
+  }
+
+  // --- Access by the primary itself. Each faults pages in, as pin(), and marks them young. Context: as pin().
+  // ---------
 
   /// Effects: copies out.size() bytes from a. Each aligned 8-byte word is one that was there; nothing orders words.
   /// Errors: bad_range (wraps, or beyond the address limit), not_mapped, access_denied, no_memory, released,

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-// The core of reference_mmu: who may come in, how a change is bracketed, what an access has to clear away first, and how
-// it all ends.
+// The core of reference_mmu: who may come in, how a change is bracketed, what an access has to clear away first, and
+// how it all ends.
 
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
+#include <span>
 
 #include <mmunotify/base/event.hpp>
+#include <mmunotify/base/invalidation.hpp>
 #include <mmunotify/base/range.hpp>
 #include <mmunotify/base/result.hpp>
 #include <mmunotify/primary/detail/replacements.hpp>
@@ -18,11 +20,15 @@
 
 MMUNOTIFY_BEGIN_NAMESPACE
 
-/// What reference_mmu asks of an address space: brackets, the young hooks, release.
+/// What reference_mmu asks of an address space: brackets of all kinds, the young hooks, release.
 template <class Space>
 concept notifying_space = requires(Space& s, range r, const void* owner) {
   s.invalidate(r, event::clear, owner);
   static_cast<bool>(s.try_invalidate(r, event::clear, owner));
+  s.invalidate_in_place(r, event::clear, owner);
+  s.change_entry(entry_change{});
+  s.invalidate_secondary_tlbs(r);
+  { s.young_pages(r, std::span<std::uint64_t>{}, true) } -> std::same_as<errc>;
   { s.clear_young(r) } -> std::same_as<bool>;
   { s.clear_flush_young(r) } -> std::same_as<bool>;
   { s.test_young(r) } -> std::same_as<bool>;
@@ -50,8 +56,9 @@ class bracketed_memory {
     return e == errc::ok ? paged_memory::check(r) : e;
   }
 
-  /// The one place that brackets. work(pages) changes the tables and adds what lost its last entry to the pages; they
-  /// are freed when the bracket is over. Context: tables held.
+  /// The one place that brackets, but for change_in_place. work(pages) changes the tables and adds what lost its last
+  /// entry to the pages; devices that walk the tables flush; the pages are freed when the bracket is over.
+  /// Context: tables held.
   template <std::invocable<withdrawn_pages&> Work>
   void change(const range& r, event why, const void* owner, Work work) noexcept {
     withdrawn_pages gone;
@@ -64,16 +71,34 @@ class bracketed_memory {
       {
         [[maybe_unused]] const auto bracket = space.invalidate(r, why, owner);
         work(gone);
+        space.invalidate_secondary_tlbs(r);
         if constexpr (mutated(mutation::free_before_end)) memory.drop(gone);
       }
       memory.drop(gone);
     }
   }
 
+  /// The same for one page that is replaced by its equal, or loses the right to be written: secondaries may keep what
+  /// they map, and work tells them what to map instead with tell(). It must leave the contents alone until then.
+  template <std::invocable<withdrawn_pages&> Work>
+  void change_in_place(const range& page, Work work) noexcept {
+    withdrawn_pages gone;
+    memory.counters().add(counter::brackets);
+    {
+      [[maybe_unused]] const auto bracket = space.invalidate_in_place(page, event::clear);
+      work(gone);
+      space.invalidate_secondary_tlbs(page);
+    }
+    memory.drop(gone);
+  }
+  /// Who has kept the page maps this from now on. One that a bracket of another thread has taken since is mapped by
+  /// nobody, and nobody maps it. Context: in change_in_place, without entry locks.
+  void tell(const range& page, pfn f, bool writable) noexcept { space.change_entry({page, f, writable}); }
+
   // --- Accesses. ----------------------------------------------------------------------------------------------------
 
-  /// paged_memory::try_page, after what stands in its way. Every turn clears one thing away, and starts anew, since what
-  /// was found may have changed while callbacks ran. Context: tables held; callbacks run.
+  /// paged_memory::try_page, after what stands in its way. Every turn clears one thing away, and starts anew, since
+  /// what was found may have changed while callbacks ran. Context: tables held; callbacks run.
   template <class Function>
   errc with_page(std::uintptr_t a, bool write, Function f) noexcept {
     while (true) {
@@ -87,8 +112,7 @@ class bracketed_memory {
   /// One huge page becomes small ones. Nothing is translated otherwise afterwards; whoever mirrors it as one entry is
   /// told all the same, as in Linux. Context: tables held.
   void split(std::uintptr_t block) noexcept {
-    change(page_table::block_of(block), event::clear, nullptr,
-           [&](withdrawn_pages&) { memory.unmark_huge(block); });
+    change(page_table::block_of(block), event::clear, nullptr, [&](withdrawn_pages&) { memory.unmark_huge(block); });
   }
   /// Huge pages that are partly in r become small ones. Context: tables held; before r's own bracket.
   void split_edges(const range& r) noexcept {
@@ -148,12 +172,15 @@ class bracketed_memory {
     return errc::ok;
   }
 
-  /// Copy on write. Errors: no_memory.
+  /// Copy on write. Nobody writes to the frame while it is shared. Errors: no_memory.
   errc unshare(const range& page) noexcept {
     pfn target = memory.frames().allocate();
     if (target == frame_pool::none) return errc::no_memory;
-    change(page, event::clear, nullptr,
-           [&](withdrawn_pages& gone) { memory.unshare(page.first, target, gone); });
+    change_in_place(page, [&](withdrawn_pages& gone) {
+      const pfn made = target;
+      memory.unshare(page.first, target, gone);
+      if (target == frame_pool::none) tell(page, made, true);
+    });
     if (target != frame_pool::none) memory.frames().drop(target);
     return errc::ok;
   }

@@ -16,8 +16,8 @@
 MMUNOTIFY_BEGIN_NAMESPACE
 
 /// A page that belongs to a device, as its owner finds it. Stale on arrival, like a pinned page: the owner checks for
-/// collisions (invalidation_window) under its own lock before it uses `data`, and lets go when a start says so. It holds
-/// no reference: from its table, the page is protected by the notifier alone.
+/// collisions (invalidation_window) under its own lock before it uses `data`, and lets go when a start says so. It
+/// holds no reference: from its table, the page is protected by the notifier alone.
 struct owned_page {
   errc error = errc::not_mapped;  ///< ok: the other members count
   bool on_device = false;         ///< in the device's memory; else in a frame that the owner has for itself

@@ -33,7 +33,8 @@ class forking {
   errc run() noexcept {
     if (!child_.memory.areas().items().empty()) return errc::overlap;
     area_list areas;
-    const bool copied = parent_.memory.areas().changed({}, [](area&) {}, areas);
+    const bool copied = parent_.memory.areas().changed(
+        {}, [](area&) {}, areas);
     if (!copied || !plan()) {
       paged_memory::give_back(copies_, frames());
       child_.memory.prune(paged_memory::whole());

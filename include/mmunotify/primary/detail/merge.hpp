@@ -4,9 +4,11 @@
 // Merging equal pages (Linux: KSM).
 //
 // Pages are sorted by a hash of their contents, which may change meanwhile; so equality is decided where nobody can
-// write. The page that is kept is write-protected in a bracket of its own; the other one is compared and replaced inside
-// its bracket. Both brackets are event::clear, as in Linux. The tables are held exclusive throughout, so that neither
-// the processor nor a fault comes in between. A write to a merged page copies it, as after fork.
+// write. The page that is kept is write-protected in a bracket of its own; the other one is write-protected, compared
+// and replaced inside its bracket. Both are event::clear, as in Linux, and in place: secondaries that can keep what
+// they map. The tables are held exclusive throughout, so that neither the processor nor a fault comes in between. A
+// write to a merged page copies it, as after fork; a page that is write-protected in vain is writable again with its
+// next write.
 
 #include <algorithm>
 #include <atomic>
@@ -66,9 +68,7 @@ class merging {
 
   page_entry entry_at(std::uintptr_t a) noexcept { return memory_.table().peek(a); }
   pfn frame_at(std::uintptr_t a) noexcept { return entry_at(a).frame(); }
-  bool candidate(std::uintptr_t a) noexcept {
-    return entry_at(a).present() && !memory_.frames().on_loan(frame_at(a));
-  }
+  bool candidate(std::uintptr_t a) noexcept { return entry_at(a).present() && !memory_.frames().on_loan(frame_at(a)); }
 
   /// FNV-1a over words; secondaries may be writing.
   std::uint64_t hash(pfn f) noexcept {
@@ -80,7 +80,7 @@ class merging {
     return h;
   }
 
-  /// Preconditions: nobody writes to either. Context: both entries' brackets have started.
+  /// Preconditions: nobody writes to either.
   bool equal(std::uintptr_t a, std::uintptr_t b) noexcept {
     return std::memcmp(memory_.frames().data(frame_at(a)), memory_.frames().data(frame_at(b)), opaque_page_size()) == 0;
   }
@@ -92,24 +92,33 @@ class merging {
       if (memory_.table().huge(at)) core_.split(page_table::block_of(at).first);
     }
     if (entry_at(a).writable()) {
-      core_.change(paged_memory::page_of(a), event::clear, nullptr,
-                   [&](withdrawn_pages&) { memory_.write_protect(paged_memory::page_of(a)); });
+      core_.change_in_place(paged_memory::page_of(a), [&](withdrawn_pages&) { write_protect(a); });
     }
     bool merged = false;
     const bool early = mutated(mutation::merge_compares_early) && equal(a, b);
-    core_.change(paged_memory::page_of(b), event::clear, nullptr, [&](withdrawn_pages& gone) {
-      merged = candidate(a) && candidate(b) && (early || equal(a, b));
+    core_.change_in_place(paged_memory::page_of(b), [&](withdrawn_pages& gone) {
+      if (!candidate(a) || !candidate(b)) return;
+      if (entry_at(b).writable()) write_protect(b);
+      merged = early || equal(a, b);
       if (merged) replace(a, b, gone);
     });
     return merged;
   }
 
+  void write_protect(std::uintptr_t a) noexcept {
+    memory_.write_protect(paged_memory::page_of(a));
+    core_.tell(paged_memory::page_of(a), frame_at(a), false);
+  }
+
   void replace(std::uintptr_t a, std::uintptr_t b, withdrawn_pages& gone) noexcept {
     const pfn kept = frame_at(a);
     memory_.frames().share(kept);
-    locked_entry entry{*memory_.table().reach(b)};
-    memory_.withdraw(memory_.frames(), entry.value.frame(), gone);
-    entry.value = entry.value.at(kept).without(page_entry::writable_bit);
+    {
+      locked_entry entry{*memory_.table().reach(b)};
+      memory_.withdraw(memory_.frames(), entry.value.frame(), gone);
+      entry.value = entry.value.at(kept);
+    }
+    core_.tell(paged_memory::page_of(b), kept, false);
   }
 
   Core& core_;

@@ -41,20 +41,27 @@ inline replacement to_other_frames(physical_memory& m) noexcept {
 
 /// Present pages to the device's memory, for this owner.
 inline replacement to_device(physical_memory& m, const void* owner) noexcept {
-  return {m.frames,           m.device, is_present,
+  return {m.frames,
+          m.device,
+          is_present,
           [](pfn page, page_entry old) noexcept {
             return page_entry::on_device(page).with(old.bits & page_entry::soft_dirty_bit);
           },
-          counter::to_device, nullptr,  owner};
+          counter::to_device,
+          nullptr,
+          owner};
 }
 
 /// The device's pages back to frames, those of one owner or all. The first write makes them writable.
 inline replacement to_system(physical_memory& m, const void* owner = nullptr) noexcept {
-  return {m.device, m.frames, [](page_entry e) noexcept { return e.device(); },
+  return {m.device,
+          m.frames,
+          [](page_entry e) noexcept { return e.device(); },
           [](pfn f, page_entry old) noexcept {
             return page_entry::mapping(f, true).with(old.bits & page_entry::soft_dirty_bit);
           },
-          counter::from_device, owner};
+          counter::from_device,
+          owner};
 }
 
 }  // namespace detail
