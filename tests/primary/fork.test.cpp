@@ -34,7 +34,7 @@ TEST_CASE("fork shares all frames, and brackets the parent's areas with protecti
   CHECK(p.take() == seen_list{{event::protection_page, 0, 4}, {event::protection_page, 20, 22}});
   CHECK(c.take().empty());
   CHECK(f.ram.frames.free_count() == free);
-  for (const std::uintptr_t page : {0, 1, 2, 20}) {
+  for (const std::uintptr_t page : page_list{0, 1, 2, 20}) {
     CHECK(look(f.child, page).frame == look(f.parent, page).frame);
     CHECK_FALSE(look(f.parent, page).writable);
     CHECK_FALSE(look(f.child, page).writable);
@@ -160,6 +160,46 @@ TEST_CASE(
     CHECK(f.parent.statistics().pins == pins + (keeps ? 0 : 1));
     CHECK(get(f.parent, 0) == 2);
     CHECK(get(f.child, 0) == 100);
+    sound(f.parent, f.child);
+  }
+}
+
+/// Keeps its mapping over a change in place, and while it still has the old one, the parent writes.
+struct nosy_client {
+  void invalidate_range_start(const invalidation&) noexcept {}
+  void change_entry(const entry_change&) noexcept {
+    CHECK(put(parent, 0, 55) == errc::ok);
+    seen = word_at<std::uint64_t>(mapped).load(std::memory_order_relaxed);
+  }
+  mmu_type& parent;
+  std::byte* mapped;
+  std::uint64_t seen = 0;
+};
+
+TEST_CASE("O1: a shared frame is nobody's alone, and not written, before all who may keep mapping it have heard") {
+  for (const bool merge : {false, true}) {
+    two_spaces f;
+    REQUIRE(f.parent.fork(f.child) == errc::ok);
+    // An equal page before it: then the merge is what lets go of page 0's frame.
+    const std::uintptr_t before = at(0) - page_size;
+    const std::uint64_t value = 100;
+    REQUIRE(f.child.map({before, at(0)}, protection::read_write) == errc::ok);
+    REQUIRE(f.child.write(before, std::as_bytes(std::span{&value, 1})) == errc::ok);
+    nosy_client c{f.parent, f.child.data(look(f.child, 0).frame)};
+    subscriber<nosy_client> node{c};
+    {
+      const auto held = f.child.lock_tables();
+      REQUIRE(f.child.space().register_subscriber(node, held) == errc::ok);
+    }
+    if (merge) {
+      REQUIRE(f.child.merge_equal({before, at(1)}).merged == 1);
+    } else {
+      REQUIRE(put(f.child, 0, 7) == errc::ok);
+    }
+    CHECK(c.seen == 100);
+    CHECK(get(f.parent, 0) == 55);
+    CHECK(get(f.child, 0) == (merge ? 100 : 7));
+    REQUIRE(f.child.space().unregister(node) == errc::ok);
     sound(f.parent, f.child);
   }
 }

@@ -16,11 +16,11 @@ struct huge_space {
   explicit huge_space(std::size_t frames = 4 * block, std::size_t swap = 1024)
       : ram(frames, swap, 16), mmu(ram), child(ram) {
     REQUIRE(mmu.map_huge(pages(0, block), protection::read_write) == errc::ok);
-    for (const std::uintptr_t page : {0, 5, 511}) REQUIRE(put(mmu, page, 100 + page) == errc::ok);
+    for (const std::uintptr_t page : page_list{0, 5, 511}) REQUIRE(put(mmu, page, 100 + page) == errc::ok);
   }
   bool huge(std::uintptr_t page = 0) { return look(mmu, page).huge; }
   void contents(mmu_type& m, std::uintptr_t from = 0) {
-    for (const std::uintptr_t page : {0, 5, 511}) {
+    for (const std::uintptr_t page : page_list{0, 5, 511}) {
       if (look(m, from + page).error == errc::ok) CHECK(get(m, from + page) == 100 + page);
     }
   }
@@ -113,7 +113,7 @@ TEST_CASE("every operation on a part splits, and the contents stay") {
 }
 
 TEST_CASE("a move by a multiple of 2 MiB keeps a huge page, another does not") {
-  for (const std::uintptr_t to : {4 * block, 4 * block + 1}) {
+  for (const std::uintptr_t to : page_list{4 * block, 4 * block + 1}) {
     huge_space f;
     watcher w{f.mmu, {0}};
     REQUIRE(f.mmu.move(pages(0, block), at(to)) == errc::ok);

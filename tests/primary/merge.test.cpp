@@ -31,7 +31,7 @@ TEST_CASE("equal pages share a frame afterwards, each bracketed by itself with c
   CHECK(answer.merged == 2);
   CHECK(w.take() == seen_list{{event::clear, 0, 1}, {event::clear, 2, 3}, {event::clear, 4, 5}});
   CHECK(f.ram.frames.free_count() == 13);
-  for (const std::uintptr_t page : {0, 2, 4}) {
+  for (const std::uintptr_t page : page_list{0, 2, 4}) {
     CHECK(look(f.mmu, page).frame == kept);
     CHECK_FALSE(look(f.mmu, page).writable);
     CHECK(get(f.mmu, page) == 7);
@@ -61,13 +61,13 @@ TEST_CASE("a write to a merged page copies it, and the last one has the frame fo
 }
 
 TEST_CASE("pages on loan are not merged, whichever of a pair they are") {
-  for (const std::uintptr_t lent : {0, 2, 4}) {
+  for (const std::uintptr_t lent : page_list{0, 2, 4}) {
     six_pages f;
     const frame_lease lease = f.mmu.pin(hva{at(lent)}, true);
     CHECK(f.mmu.merge_equal(pages(0, 6)).merged == 1);
     CHECK(look(f.mmu, lent).frame == lease.frame);
     word_at<std::uint64_t>(f.mmu.data(lease.frame)).store(99, std::memory_order_relaxed);
-    for (const std::uintptr_t page : {0, 2, 4}) CHECK(get(f.mmu, page) == (page == lent ? 99 : 7));
+    for (const std::uintptr_t page : page_list{0, 2, 4}) CHECK(get(f.mmu, page) == (page == lent ? 99 : 7));
     f.mmu.unpin(lease.frame);
     sound(f.mmu);
   }
@@ -83,7 +83,7 @@ struct late_writer {
 };
 
 TEST_CASE("pages are compared when nobody can write any more: what is written until start returns is kept") {
-  for (const std::uintptr_t page : {0, 2}) {
+  for (const std::uintptr_t page : page_list{0, 2}) {
     six_pages f;
     late_writer w;
     w.page = page;
@@ -106,7 +106,7 @@ TEST_CASE("pages are compared when nobody can write any more: what is written un
 TEST_CASE("who lets translations be changed in place keeps his mappings over a merge, and faults to write") {
   six_pages f;
   mirror m{f.mmu};
-  for (const std::uintptr_t page : {0, 1, 2, 4}) {
+  for (const std::uintptr_t page : page_list{0, 1, 2, 4}) {
     REQUIRE(m.access(at(page), true, [](std::atomic_ref<std::uint64_t> w) { w.fetch_add(1); }));
   }
   REQUIRE(f.mmu.merge_equal(pages(0, 6)).merged == 2);

@@ -10,6 +10,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <initializer_list>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -22,6 +23,8 @@ namespace mmu_tests {
 using namespace mmunotify;
 
 using mmu_type = reference_mmu<>;
+
+using page_list = std::initializer_list<std::uintptr_t>;
 
 /// Page 0 begins a 2 MiB block.
 inline constexpr std::uintptr_t base = 0x4000'0000;

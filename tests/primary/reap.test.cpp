@@ -16,7 +16,7 @@ struct three_areas {
     REQUIRE(mmu.map(pages(0, 4), protection::read_write) == errc::ok);
     REQUIRE(mmu.map(pages(10, 14), protection::read_write) == errc::ok);
     REQUIRE(mmu.map(pages(20, 22), protection::read_write) == errc::ok);
-    for (const std::uintptr_t page : {0, 1, 10, 11}) REQUIRE(put(mmu, page, 100 + page) == errc::ok);
+    for (const std::uintptr_t page : page_list{0, 1, 10, 11}) REQUIRE(put(mmu, page, 100 + page) == errc::ok);
     REQUIRE(mmu.swap_out(pages(11, 12)) == errc::ok);
   }
   physical_memory ram;
@@ -40,7 +40,7 @@ TEST_CASE("reaping takes the pages of each area away, in a clear bracket that do
 }
 
 TEST_CASE("P3: an area that somebody refuses is left exactly as it was, and reported; the others are reaped") {
-  for (const std::uintptr_t refused : {0, 10}) {
+  for (const std::uintptr_t refused : page_list{0, 10}) {
     three_areas f;
     watcher w{f.mmu, {0, 1, 10, 11}};
     w.refuses = pages(refused, refused + 1);

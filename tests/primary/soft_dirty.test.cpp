@@ -99,7 +99,7 @@ TEST_CASE("a device that writes makes its page dirty, in its memory or exclusive
   REQUIRE(f.mmu.migrate_to_device(pages(0, 1), &f) == errc::ok);
   REQUIRE(f.mmu.make_exclusive(pages(1, 2), &f) == errc::ok);
   f.clean();
-  for (const std::uintptr_t page : {0, 1}) {
+  for (const std::uintptr_t page : page_list{0, 1}) {
     CHECK_FALSE(f.dirty(page));
     CHECK(f.mmu.find_owned(hva{at(page)}, &f, false));
     CHECK_FALSE(f.dirty(page));

@@ -148,7 +148,7 @@ class frame_pool {
   /// One more entry points to it. Context: the lock of one that does is held.
   void share(pfn f) noexcept { at(f).word.fetch_add(map_one, std::memory_order_relaxed); }
   /// One entry less points to it. Returns: true if it was the last: the frame is held, and the caller's to drop.
-  /// Context: that entry's lock is held.
+  /// Context: that entry's lock is held, or it points elsewhere by now.
   [[nodiscard]] bool withdraw(pfn f) noexcept {
     std::uint64_t w = at(f).word.load(std::memory_order_relaxed);
     bool last = false;

@@ -159,17 +159,18 @@ class paged_memory {
     return e;
   }
 
-  /// Copy on write: a's page moves to `target`, unless nobody shares it any more. Context: shared, in a bracket.
-  void unshare(std::uintptr_t a, pfn& target, withdrawn_pages& gone) noexcept {
+  /// Copy on write: a's page moves to `target`, unless nobody shares it any more. Returns: the frame that it had, to be
+  /// withdrawn when nobody maps it any more: before, its other entries must not find themselves alone, and write to it;
+  /// none if nothing has changed. Context: shared, in a bracket.
+  pfn unshare(std::uintptr_t a, pfn target) noexcept {
     locked_entry entry{*table_.reach(a)};
     const page_entry old = entry.value;
-    if (!old.present() || old.writable() || frames().sole(old.frame())) return;
+    if (!old.present() || old.writable() || frames().sole(old.frame())) return frame_pool::none;
     copy_page(frames().data(target), frames().data(old.frame()));
     frames().install(target);
     entry.value = old.at(target).with(page_entry::writable_bit | page_entry::soft_dirty_bit | page_entry::young_bit);
-    target = frame_pool::none;
-    withdraw(frames(), old.frame(), gone);
     counters_.add(counter::copied);
+    return old.frame();
   }
 
   /// The processor takes a's page back from whoever had it for himself. Context: shared, in a bracket.

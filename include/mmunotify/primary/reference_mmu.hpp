@@ -269,9 +269,9 @@ class reference_mmu : public detail::accessed_memory<Space> {
   }
 
   /// Effects: the present pages of r move to the device's memory and are the owner's, in one bracket over r with
-  /// event::migrate and the owner, who need not listen to it. An access by the processor brings a page back, in a
-  /// bracket of its own with event::migrate and no owner: to that one the owner has to listen.
-  /// Errors: as swap_out (not enough device pages); access_denied: the owner is null.
+  /// event::migrate and the owner, who need not listen to it if he has let go of them himself. An access by the
+  /// processor brings a page back, in a bracket of its own with event::migrate and no owner: to that one the owner has
+  /// to listen. Errors: as swap_out (not enough device pages); access_denied: the owner is null.
   errc migrate_to_device(range r, const void* owner) noexcept {
     if (owner == nullptr) return errc::access_denied;
     return replace_pages(r, event::migrate, owner, detail::to_device(memory_.physical(), owner));

@@ -79,7 +79,8 @@ class bracketed_memory {
   }
 
   /// The same for one page that is replaced by its equal, or loses the right to be written: secondaries may keep what
-  /// they map, and work tells them what to map instead with tell(). It must leave the contents alone until then.
+  /// they map, and work tells them what to map instead with tell(). Until then it leaves the contents alone, and does
+  /// not withdraw the frame: whoever shares it would find himself alone, and write.
   template <std::invocable<withdrawn_pages&> Work>
   void change_in_place(const range& page, Work work) noexcept {
     withdrawn_pages gone;
@@ -174,14 +175,17 @@ class bracketed_memory {
 
   /// Copy on write. Nobody writes to the frame while it is shared. Errors: no_memory.
   errc unshare(const range& page) noexcept {
-    pfn target = memory.frames().allocate();
+    const pfn target = memory.frames().allocate();
     if (target == frame_pool::none) return errc::no_memory;
+    bool used = false;
     change_in_place(page, [&](withdrawn_pages& gone) {
-      const pfn made = target;
-      memory.unshare(page.first, target, gone);
-      if (target == frame_pool::none) tell(page, made, true);
+      const pfn old = memory.unshare(page.first, target);
+      used = old != frame_pool::none;
+      if (!used) return;
+      tell(page, target, true);
+      memory.withdraw(memory.frames(), old, gone);
     });
-    if (target != frame_pool::none) memory.frames().drop(target);
+    if (!used) memory.frames().drop(target);
     return errc::ok;
   }
 

@@ -112,13 +112,14 @@ class merging {
 
   void replace(std::uintptr_t a, std::uintptr_t b, withdrawn_pages& gone) noexcept {
     const pfn kept = frame_at(a);
+    const pfn old = frame_at(b);
     memory_.frames().share(kept);
     {
       locked_entry entry{*memory_.table().reach(b)};
-      memory_.withdraw(memory_.frames(), entry.value.frame(), gone);
       entry.value = entry.value.at(kept);
     }
     core_.tell(paged_memory::page_of(b), kept, false);
+    memory_.withdraw(memory_.frames(), old, gone);
   }
 
   Core& core_;
