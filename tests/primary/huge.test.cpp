@@ -217,6 +217,9 @@ TEST_CASE("collapse leaves alone what is on loan, with a device, cut by areas, o
   CHECK(f.mmu.collapse(pages(5000, 6000)) == errc::not_mapped);
   CHECK(f.mmu.collapse({at(0) + 1, at(2)}) == errc::bad_range);
   sound(f.mmu);
+  REQUIRE(f.mmu.exit() == errc::ok);
+  CHECK(f.mmu.collapse(pages(0, block)) == errc::released);
+  CHECK(f.mmu.map_huge(pages(0, block), protection::read) == errc::released);
 }
 
 TEST_CASE("collapse without a free block fails, and everything is as before") {

@@ -23,7 +23,7 @@ constexpr std::uintptr_t at(std::uintptr_t page) { return page * page_size; }
 
 /// Four pages that may be written; page i holds i + 1 in its first word.
 struct four_pages {
-  explicit four_pages(std::size_t frames, std::size_t swap = 8) : ram(frames, swap), memory(ram) {
+  explicit four_pages(std::size_t frames, std::size_t swap = 8) : ram(frames, swap, 2), memory(ram) {
     const area made{{0, at(4)}, protection::read_write};
     REQUIRE(memory.areas().replaced(made.range, {&made, 1}, memory.areas()));
     for (std::uintptr_t p = 0; p < 4; ++p) REQUIRE(put(p, p + 1) == errc::ok);
@@ -210,6 +210,58 @@ TEST_CASE("verify names what is broken") {
     m.memory.swap().install(m.memory.swap().allocate());
     CHECK(std::string(m.verify()) == "a swap slot's count and the entries that point to it disagree");
   }
+}
+
+/// One entry with other bits than it should have, and what verify says then.
+std::string broken_by(std::uint64_t set, std::uint64_t cleared, const void* owner = nullptr) {
+  four_pages m{8};
+  page_slot* const slot = m.memory.table().reach(0);
+  const std::uint64_t before = slot->load();
+  REQUIRE(m.verify() == nullptr);
+  slot->store((before | set) & ~cleared);
+  m.memory.frames().set_owner(m.memory.translate(at(1)).frame, owner);
+  const char* const broken = m.verify();
+  slot->store(before);
+  return broken == nullptr ? "" : broken;
+}
+
+TEST_CASE("verify names each broken rule of entries") {
+  using e = page_entry;
+  CHECK(broken_by(e::lock_bit, 0) == "an entry is locked and nobody is inside");
+  CHECK(broken_by(0, e::present_bit) == "an empty entry has bits set");
+  CHECK(broken_by(e::swapped_bit, 0) == "a page is in two places: present, swapped out, with a device or exclusive");
+  CHECK(broken_by(e::exclusive_bit, 0) == "a page is in two places: present, swapped out, with a device or exclusive");
+  CHECK(broken_by(e::exclusive_bit, e::present_bit) == "a page is writable and not present");
+  CHECK(broken_by(e::exclusive_bit, e::present_bit | e::writable_bit) ==
+        "a page has an owner and no device has it, or the reverse");
+  CHECK(broken_by(0, e::soft_dirty_bit) == "a page is writable and not soft-dirty");
+  CHECK(broken_by(std::uint64_t{1} << 40, 0) == "an entry points outside the pool");
+  CHECK(broken_by(std::uint64_t{7} << page_shift, 0) == "an entry points to a frame that does not count it");
+  CHECK(broken_by(0, 0, &page_shift) == "a page has an owner and no device has it, or the reverse");
+}
+
+TEST_CASE("verify names a shared frame that is writable, an area that is not, and a huge page that is none") {
+  four_pages m{8};
+  const pfn f = m.memory.translate(0).frame;
+  m.memory.frames().share(f);
+  CHECK(std::string(m.verify()) == "a shared frame is writable");
+  REQUIRE_FALSE(m.memory.frames().withdraw(f));
+  area_list next;
+  REQUIRE(m.memory.areas().changed(
+      {0, at(1)}, [](area& a) { a.allows = protection::read; }, next));
+  m.memory.areas().swap(next);
+  CHECK(std::string(m.verify()) == "a page is writable and its area is not");
+  m.memory.areas().swap(next);
+  m.memory.table().set_huge(0);
+  CHECK(std::string(m.verify()) == "a huge page is not in one area");
+  const area whole{page_table::block_of(0), protection::read_write};
+  REQUIRE(m.memory.areas().replaced(whole.range, {&whole, 1}, next));
+  m.memory.areas().swap(next);
+  CHECK(std::string(m.verify()) == "a huge page is not one block of frames with the same rights");
+  m.memory.table().clear_huge(0);
+  CHECK(m.verify() == nullptr);
+  m.memory.device().install(m.memory.device().allocate());
+  CHECK(std::string(m.verify()) == "a device page's count and the entries that point to it disagree");
 }
 
 TEST_CASE("faults, replacements and young bits of many threads leave contents and counts right") {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 
 #include <mmunotify/notifier/disabled.hpp>
+#include <mmunotify/notifier/keyed.hpp>
 #include <mmunotify/primary/reference_mmu.hpp>
 
 #include <doctest/doctest.h>
@@ -995,6 +996,42 @@ TEST_CASE("a primary with no lock to offer, and one whose notifier is compiled o
   CHECK(alone.test_young(pages(0, 4)));
   CHECK(alone.verify() == nullptr);
   CHECK(alone.exit() == errc::ok);
+}
+
+template <class Space>
+void every_operation() {
+  physical_memory ram{2048, 16, 8};
+  reference_mmu<Space> mmu{ram}, child{ram};
+  const std::uintptr_t block = page_table::block_size;
+  const range small{0, 4 * page_size}, large{block, 2 * block};
+  std::array<std::byte, 3 * page_size> three{};
+  std::array<std::uint64_t, 1> bits{};
+  REQUIRE(mmu.map(small, protection::read_write) == errc::ok);
+  REQUIRE(mmu.map_huge(large, protection::read_write) == errc::ok);
+  REQUIRE(mmu.write(0, three) == errc::ok);
+  CHECK(mmu.young_pages(small, bits, true) == errc::ok);
+  CHECK(mmu.fork(child) == errc::ok);
+  CHECK(mmu.merge_equal(small).merged == 2);
+  CHECK(mmu.write(0, three) == errc::ok);
+  CHECK(mmu.clear_soft_dirty(small) == errc::ok);
+  CHECK_FALSE(mmu.soft_dirty(small));
+  CHECK(mmu.migrate_to_device(small, &mmu) == errc::ok);
+  CHECK(mmu.find_owned(hva{0}, &mmu, true));
+  CHECK(mmu.migrate_to_system(small, &mmu) == errc::ok);
+  CHECK(mmu.make_exclusive(small, &mmu) == errc::ok);
+  CHECK(mmu.read(0, three) == errc::ok);
+  CHECK(mmu.protect({block, block + page_size}, protection::read) == errc::ok);
+  CHECK(mmu.protect(large, protection::read_write) == errc::ok);
+  CHECK(mmu.collapse(large) == errc::ok);
+  CHECK(child.reap());
+  reference_mmu<Space>* const family[] = {&mmu, &child};
+  CHECK(reference_mmu<Space>::verify(family) == nullptr);
+}
+
+TEST_CASE("every operation works without a lock to offer, behind a static key, and with the notifier compiled out") {
+  every_operation<address_space<arming::tracked>>();
+  every_operation<address_space<arming::keyed<std::shared_mutex>>>();
+  every_operation<address_space<disabled>>();
 }
 
 }  // namespace
