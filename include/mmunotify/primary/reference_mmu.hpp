@@ -5,8 +5,8 @@
 // merging, swap, migration, device memory, exclusive access, moves, young and soft-dirty bits, reaping and exit.
 //
 // It shows how a primary uses the notifier, it is what examples and torture tests run against, and an emulator can be
-// built on it. Every change of a translation goes through one helper, change(), which does things in the one right
-// order: start, change the tables, end, and only then free the frames that the change took away.
+// built on it. Every change of a translation goes through one of two helpers, change() and change_in_place(), which do
+// things in the one right order: start, change the tables, end, and only then free the frames that it took away.
 //
 // Locks, outermost first:
 //   tables()        exclusive: what changes areas, forks, merges or collapses, exit, verify; shared: everything else.
