@@ -5,6 +5,7 @@
 #include "mmu_fixture.hpp"
 
 #include <cstddef>
+#include <thread>
 
 using namespace mmu_tests;
 
@@ -164,12 +165,12 @@ TEST_CASE(
   }
 }
 
-/// Keeps its mapping over a change in place, and while it still has the old one, the parent writes.
+/// Keeps its mapping over a change in place, and while it still has the old one, another thread writes to the parent.
 struct nosy_client {
   void invalidate_range_start(const invalidation&) noexcept {}
   void change_entry(const entry_change& e) noexcept {
     if (e.range != pages(0, 1)) return;
-    CHECK(put(parent, 0, 55) == errc::ok);
+    std::thread([&] { CHECK(put(parent, 0, 55) == errc::ok); }).join();
     seen = word_at<std::uint64_t>(mapped).load(std::memory_order_relaxed);
   }
   mmu_type& parent;
