@@ -264,8 +264,9 @@ class address_space {
 
   /// Effects: the same without waiting: the worker runs the release hook, waits, and calls done(node) if it is not null
   /// (before the call returns, if the space's release() is done with the node already). Until then the node is called.
-  /// Returns: ok; not_registered, also if another call removes it. Progress: never waits. Context: anywhere, also in
-  /// callbacks and brackets of this space (L7). Before the space goes: barrier().
+  /// A removal that is under way already, by unregister() or release(), calls done(node) as well. Returns: ok;
+  /// not_registered, also if another unregister_async() was called before. Progress: never waits. Context: anywhere,
+  /// also in callbacks and brackets of this space (L7). Before the space goes: barrier().
   errc unregister_async(basic_subscriber<key>& node, done_hook done = nullptr) noexcept {
     return gate_.leave_async(node, this, done);
   }
@@ -301,21 +302,29 @@ class address_space {
   template <bool FirstYes>
   MMUNOTIFY_COLD static bool ask_young_armed(address_space& space, detail::young_hook<key> hook, key first,
                                              key last) noexcept {
+    return young_walk<FirstYes>(space, hook, first, last);
+  }
+  template <bool FirstYes>
+  MMUNOTIFY_ARMED static bool young_walk(address_space& space, detail::young_hook<key> hook, key first,
+                                         key last) noexcept {
     const range_type r{first, last};
     return detail::is_valid(r) && space.gate_.ask([&](auto& audience, auto& observer) {
       return audience.template ask_young<FirstYes>(hook, r, observer);
     });
   }
   MMUNOTIFY_COLD static void invalidate_secondary_tlbs_armed(address_space& space, key first, key last) noexcept {
+    tlb_walk(space, first, last);
+  }
+  MMUNOTIFY_ARMED static void tlb_walk(address_space& space, key first, key last) noexcept {
     const range_type r{first, last};
     if (!detail::is_valid(r)) return;
-    space.gate_.ask([&](auto& audience, auto& observer) {
+    space.gate_.ask([&](auto& audience, auto& observer) __attribute__((always_inline)) {
       audience.invalidate_secondary_tlbs(r, observer);
       return true;
     });
   }
   MMUNOTIFY_COLD static void change_entry_armed(address_space& space, const basic_entry_change<key>& change) noexcept {
-    if (MMUNOTIFY_CHECKED && !space.gate_.held_by_this_thread()) {
+    if (MMUNOTIFY_CHECKED && !space.gate_.may_be_inside()) {
       return detail::violated("O1", "address_space::change_entry", "called outside of a bracket of this thread");
     }
     if (!detail::is_valid(change.range)) return;

@@ -77,9 +77,12 @@ class roster : public audience<Key, Platform> {
 
   /// Second half: brackets that start from now on call the node. Precondition: claimed; writers() is held.
   void link_locked(node& n) noexcept {
-    const std::uint64_t next = version_.load(std::memory_order_relaxed) + 1;
+    const std::uint64_t next = version_.load(std::memory_order_relaxed) + 2;
     n.dead_.store(node::never, std::memory_order_relaxed);
     n.born_.store(next, std::memory_order_relaxed);
+    if (n.operations_->end != nullptr) enders_.fetch_add(1, std::memory_order_relaxed);
+    // R3. Relaxed: who finds the node at the head, which push_front stores with release, finds this, too.
+    if constexpr (!mutated(mutation::version_never_odd)) version_.store(next - 1, std::memory_order_relaxed);
     static_cast<void>(list_.push_front(n));  // cannot fail: the claim made the node ours
     ++count_;
     n.where_.store(static_cast<registry<Key, Platform>*>(this), std::memory_order_release);  // (n7) pairs with (n8)
@@ -136,6 +139,8 @@ class roster : public audience<Key, Platform> {
 
  protected:
   using base::domain_;
+  using base::enders_;
+  using base::leaving_;
   using base::list_;
   using base::version_;
 
@@ -155,15 +160,21 @@ class roster : public audience<Key, Platform> {
   /// Brackets that start from now on do not call the node.
   void kill(node& n) noexcept {
     const std::lock_guard lock(writers_);
-    const std::uint64_t next = version_.load(std::memory_order_relaxed) + 1;
+    const std::uint64_t next = version_.load(std::memory_order_relaxed) + 2;
     n.dead_.store(next, std::memory_order_relaxed);
+    // R3. Relaxed: who reads the version finds it.
+    if constexpr (!mutated(mutation::leaving_not_counted)) leaving_.fetch_add(1, std::memory_order_relaxed);
     version_.store(next, std::memory_order_release);  // (n1) pairs with (n2)
   }
 
   void unlink(node& n) {
     static_cast<void>(list_.mark(n));  // cannot fail: the phase made the removal ours
-    const section s(domain_);
-    list_.sweep(s);
+    {
+      const section s(domain_);
+      list_.sweep(s);
+    }
+    // (n15) pairs with (n14): who finds it gone does not reach the node.
+    if constexpr (!mutated(mutation::leaving_not_counted)) leaving_.fetch_sub(1, std::memory_order_release);
   }
 
   /// Returns: true if it was the last one, and the space is disarmed.
@@ -174,16 +185,23 @@ class roster : public audience<Key, Platform> {
     return true;
   }
 
-  void finish(node& n, std::uint32_t phase) noexcept {
-    list_.retire(n);
+  /// Returns: false if an asynchronous removal has to end it: then that is what the node is in now.
+  [[nodiscard]] bool finish(node& n, std::uint32_t phase) noexcept {
     const auto& word = n.phase_;
     {
       const std::lock_guard lock(writers_);
+      if (n.removal_.adopted) {
+        n.removal_.adopted = false;
+        n.removal_.node = &n;
+        return false;
+      }
+      list_.retire(n);
       n.removal_.node = nullptr;
       n.where_.store(nullptr, std::memory_order_relaxed);
       n.phase_.store(phase, std::memory_order_release);  // (n3) pairs with (n4)
     }
     Platform::wake(word);  // by address only: the node may already be gone
+    return true;
   }
 
   void unpin() noexcept {

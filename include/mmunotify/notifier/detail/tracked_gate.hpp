@@ -61,12 +61,14 @@ class tracked_gate {
   /// A disarmed bracket is a section all the same, and too small to be put out of line.
   static constexpr bool closure_out_of_line = false;
 
-  /// Returns: ask(registry, observer), asked in the section of those who are registered; a default value if nobody is.
+  /// Returns: f(registry, observer), called in the section of those who are registered; a default value if nobody is.
+  /// For the armed half of a call.
   template <class Ask>
-  auto ask(Ask f) noexcept -> decltype(f(std::declval<registry_type&>(), std::declval<Observer&>())) {
-    if (!armed()) [[likely]]
-      return decltype(ask_armed(f))();
-    return ask_armed(f);
+  [[gnu::always_inline]] auto ask(Ask f) noexcept {
+    registry_.domain().read_lock_unordered();
+    const auto a = f(registry_, observer_);
+    registry_.domain().read_unlock_unordered();
+    return a;
   }
 
   // --- The cold half. ---------------------------------------------------------------------------------------------
@@ -85,7 +87,8 @@ class tracked_gate {
       }
       registry_.link_locked(n);
     }
-    registry_.grace_period();  // P7: every bracket that may have missed the node is over
+    // P7: every bracket that may have missed the node is over.
+    if constexpr (!mutated(mutation::no_arming_grace_period)) registry_.grace_period();
     registry_.replay(n, existing);
     registry_.settle(n);
     return errc::ok;
@@ -117,8 +120,8 @@ class tracked_gate {
     return registry_.release_all();
   }
 
-  /// Returns: true inside a callback or a bracket of this thread.
-  bool held_by_this_thread() noexcept { return registry_.domain().held_by_this_thread(); }
+  /// Returns: false if this thread is in no callback and no bracket.
+  bool may_be_inside() noexcept { return registry_.domain().held_by_this_thread(); }
 
   /// Inside a section it is not taken: its owner may wait for this section.
   std::unique_lock<typename Platform::mutex> sharing(errc& e) noexcept {
@@ -156,7 +159,7 @@ class tracked_gate {
                                                           const void* owner) noexcept {
     open_bracket<Key, Platform>* const b = make(slab, first, last, e, owner, M);
     if (b != nullptr) [[likely]]
-      registry_.call_start(b->i, b->version, b->intervals, observer_);
+      b->version = registry_.call_start(b->i, b->version, b->intervals, observer_);
     return b;
   }
   MMUNOTIFY_ARMED void end_walk(open_bracket<Key, Platform>* b) noexcept {
@@ -177,14 +180,6 @@ class tracked_gate {
     if (b == nullptr || registry_.try_call_start(b->i, b->version, b->intervals, observer_)) return b;
     registry_.domain().cells(slab).give_back(b);
     return refused();
-  }
-
-  template <class Ask>
-  MMUNOTIFY_COLD auto ask_armed(Ask& f) noexcept {
-    registry_.domain().read_lock_unordered();
-    const auto a = f(registry_, observer_);
-    registry_.domain().read_unlock_unordered();
-    return a;
   }
 
   static constexpr gate_hooks<Key, Platform> hooks{nullptr, nullptr,

@@ -105,12 +105,16 @@ class under_gate {
   /// The closure form calls its closure bare when disarmed, and has its armed half, closure and all, out of line.
   static constexpr bool closure_out_of_line = MMUNOTIFY_CHECKED == 0;
 
-  /// Returns: ask(registry, observer), asked in the section of those who are registered; a default value if nobody is.
+  /// Returns: f(registry, observer), called in the section of those who are registered; a default value if nobody is.
+  /// For the armed half of a call.
   template <class Ask>
-  auto ask(Ask f) noexcept -> decltype(f(std::declval<registry_type&>(), std::declval<Observer&>())) {
-    if (!armed()) [[likely]]
-      return decltype(ask_armed(f))();
-    return ask_armed(f);
+  [[gnu::always_inline]] auto ask(Ask f) noexcept {
+    using answer = decltype(f(std::declval<registry_type&>(), observer_));
+    entry* const asked = enter().audience;
+    if (asked == nullptr) return answer();
+    const answer a = f(static_cast<registry_type&>(*asked), observer_);
+    asked->domain().read_unlock_unordered();
+    return a;
   }
 
   // --- The cold half. ---------------------------------------------------------------------------------------------
@@ -172,10 +176,10 @@ class under_gate {
     }
   }
 
-  /// Returns: true inside a callback or an armed bracket of this thread.
-  bool held_by_this_thread() const noexcept {
+  /// Returns: false if this thread is certainly in no callback and no armed bracket: the space may just be disarmed.
+  bool may_be_inside() const noexcept {
     entry* const r = named();
-    return r != nullptr && r->domain().held_by_this_thread();
+    return r == nullptr || r->domain().held_by_this_thread();
   }
 
   /// The witness of the registration excludes others.
@@ -308,7 +312,7 @@ class under_gate {
     open_bracket<Key, Platform>* const b = make_bracket<Key, Platform>(*r, slab);
     describe(b->i, {first, last}, e, owner, M);
     if constexpr (M != manner::nonblocking) {
-      r->call_start(b->i, b->version, b->intervals, observer_);
+      b->version = r->call_start(b->i, b->version, b->intervals, observer_);
     } else if (!r->try_call_start(b->i, b->version, b->intervals, observer_)) {
       close(b);
       return refused();
@@ -326,16 +330,6 @@ class under_gate {
 
   [[gnu::always_inline]] static void close(ticket b) noexcept {
     std::exchange(b->audience, nullptr)->domain().read_unlock_unordered(b);
-  }
-
-  template <class Ask>
-  MMUNOTIFY_COLD auto ask_armed(Ask& f) noexcept {
-    using answer = decltype(f(std::declval<registry_type&>(), observer_));
-    entry* const asked = enter().audience;
-    if (asked == nullptr) return answer();
-    const answer a = f(static_cast<registry_type&>(*asked), observer_);
-    asked->domain().read_unlock_unordered();
-    return a;
   }
 
   static constexpr gate_hooks<Key, Platform> hooks{
