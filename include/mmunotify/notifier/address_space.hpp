@@ -302,8 +302,8 @@ class address_space {
     return detail::interval_door<key, Interval>::insert_armed(gate_, this, n, r);
   }
   /// Effects: no bracket calls n any more. Returns: ok, and no callback of it is running or will run (L1);
-  /// not_registered; would_deadlock inside a callback or an open bracket of this space (L7). Progress: blocking. A space
-  /// without anybody else is disarmed a few grace periods later (D3); barrier() waits for that.
+  /// not_registered; would_deadlock inside a callback or an open bracket of this space (L7). Progress: blocking. A
+  /// space without anybody else is disarmed a few grace periods later (D3); barrier() waits for that.
   template <class Interval>
   errc remove(Interval& n) noexcept {
     return detail::interval_door<key, Interval>::remove(this, n);
