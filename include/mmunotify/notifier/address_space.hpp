@@ -282,24 +282,24 @@ class address_space {
   // --- For secondary MMUs that hear of one range. Include <mmunotify/interval/interval_notifier.hpp>. ---------------
 
   /// Effects: brackets that start from now on, and overlap r, call n; those in flight that overlap r keep n's faults
-  /// waiting (C5). Errors: bad_range, already_registered, released, no_memory, no_slot; lock_not_held if the space has
-  /// such a policy and is disarmed, for then brackets may be in flight that nobody sees: nothing has changed. Context:
-  /// anywhere, also in callbacks (C6). Progress: lock-free but for the allocator, beside other intervals; the first one
-  /// takes a mutex that is never held for long.
+  /// waiting (C5). Precondition (P7): a space that is disarmed and has a lock to offer is armed by this, so the caller
+  /// excludes brackets, as for register_subscriber; the form with the witness makes sure. An armed space may be
+  /// bracketing. Errors: bad_range, already_registered, released, no_memory, no_slot, bracket_open (checked builds):
+  /// nothing has changed. Context: anywhere, also in callbacks (C6). Progress: lock-free but for the allocator, beside
+  /// other intervals; the first one takes a mutex that is never held for long, and waits where it arms the space.
   template <class Interval>
   errc insert(Interval& n, range_type r) noexcept {
     return detail::interval_door<key, Interval>::insert(gate_, this, n, r);
   }
-  /// The same, and arms a space that is disarmed: `held` is the witness, as for register_subscriber. Not in a callback.
+  /// The same. `held` is the witness: a lock that owns the primary's mutex exclusively. Errors: also lock_not_held.
   template <class Interval, class Lock>
     requires detail::is_under<Arming>
   errc insert(Interval& n, range_type r, const Lock& held) noexcept {
     static_assert(exclusive_lock_of<Lock, typename Arming::mutex>,
                   "mmunotify: insert needs a std::unique_lock, lock_guard or scoped_lock of the very mutex type that "
-                  "arming::under "
-                  "names: a shared lock does not exclude brackets");
+                  "arming::under names: a shared lock does not exclude brackets");
     if (!detail::owns(held)) return errc::lock_not_held;
-    return detail::interval_door<key, Interval>::insert_armed(gate_, this, n, r);
+    return insert(n, r);
   }
   /// Effects: no bracket calls n any more. Returns: ok, and no callback of it is running or will run (L1);
   /// not_registered; would_deadlock inside a callback or an open bracket of this space (L7). Progress: blocking. A

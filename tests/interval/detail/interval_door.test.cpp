@@ -103,12 +103,19 @@ TEST_CASE("P7: a space that is disarmed and has a lock wants to see it") {
   world<arming::under<std::shared_mutex>> w;
   counting_client c;
   notifier_of iv{c};
-  CHECK(w.space.insert(iv, {0, page}) == errc::lock_not_held);
   std::unique_lock<std::shared_mutex> not_held(w.tables, std::defer_lock);
   CHECK(w.space.insert(iv, {0, page}, not_held) == errc::lock_not_held);
   CHECK_FALSE(iv.registered());
   CHECK_FALSE(w.space.armed());
   CHECK(w.insert(iv, {page, page}) == errc::bad_range);
+  CHECK_FALSE(w.space.armed());
+  {
+    const std::unique_lock held(w.tables);
+    CHECK(w.space.insert(iv, {0, page}) == errc::ok);  // the caller has it, and does not show it
+  }
+  CHECK(w.space.armed());
+  CHECK(w.space.remove(iv) == errc::ok);
+  CHECK(w.space.barrier() == errc::ok);
   CHECK_FALSE(w.space.armed());
 }
 

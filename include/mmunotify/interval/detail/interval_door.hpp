@@ -224,39 +224,16 @@ struct interval_door {
   using registry_type = typename home::registry_type;
   using range_type = basic_range<Key>;
 
+  /// A space that is disarmed, and has a lock to offer, is armed: no bracket is in flight then.
   template <class Gate>
   static errc insert(Gate& gate, const void* space, Interval& n, range_type r) noexcept {
-    if (r.empty()) return errc::bad_range;
-    home* h = gate.ask([](auto& registry, auto&) noexcept -> home* {
-      home* const there = home::of(registry);
-      return there != nullptr && there->hold() ? there : nullptr;
-    });
-    if (h == nullptr) {
-      const errc e = gate.while_armed([&](registry_type& registry) noexcept {
-        h = home::of_locked(registry);
-        if (h == nullptr) return errc::no_memory;
-        h->hold_locked(space);
-        return errc::ok;
-      });
-      if (e != errc::ok) return e;
-    }
-    errc e = h->released() ? errc::released : h->insert(n, r);
-    if (e == errc::ok && h->released()) h->release_one(n);  // its walk may have missed this one
-    if (e != errc::ok) h->drop();
-    return e;
-  }
-
-  /// The primary's lock is held: no bracket is in flight if the space is disarmed.
-  template <class Gate>
-  static errc insert_armed(Gate& gate, const void* space, Interval& n, range_type r) noexcept {
-    if (const errc e = insert(gate, space, n, r); e != errc::lock_not_held) return e;
+    if (const errc e = insert_into_armed(gate, space, n, r); e != errc::lock_not_held) return e;
     starter first;
     if (const errc e = gate.join(first, space, [](const auto&) noexcept {}); e != errc::ok) return e;
-    const errc e = insert(gate, space, n, r);
+    const errc e = insert_into_armed(gate, space, n, r);
     static_cast<void>(gate.leave(first, space));
     return e;
   }
-
   static errc remove(const void* space, Interval& n) noexcept {
     home* const h = home::of(n, space);
     if (h == nullptr) return errc::not_registered;
@@ -285,6 +262,28 @@ struct interval_door {
   }
 
  private:
+  template <class Gate>
+  static errc insert_into_armed(Gate& gate, const void* space, Interval& n, range_type r) noexcept {
+    if (r.empty()) return errc::bad_range;
+    home* h = gate.ask([](auto& registry, auto&) noexcept -> home* {
+      home* const there = home::of(registry);
+      return there != nullptr && there->hold() ? there : nullptr;
+    });
+    if (h == nullptr) {
+      const errc e = gate.while_armed([&](registry_type& registry) noexcept {
+        h = home::of_locked(registry);
+        if (h == nullptr) return errc::no_memory;
+        h->hold_locked(space);
+        return errc::ok;
+      });
+      if (e != errc::ok) return e;
+    }
+    errc e = h->released() ? errc::released : h->insert(n, r);
+    if (e == errc::ok && h->released()) h->release_one(n);  // its walk may have missed this one
+    if (e != errc::ok) h->drop();
+    return e;
+  }
+
   /// Arms a space until the anchor does.
   struct starter : basic_subscriber<Key> {
     static constexpr operations<Key> table{};
