@@ -139,6 +139,13 @@ enum class mutation : int {
   torn_key = 25,                   ///< a static key is on before every processor runs the changed code
   request_relaxed = 26,            ///< (d8)
   push_release_only = 27,          ///< (q1): who pushes a callback need not see what those before have counted
+  // notifier/, see tests/model/.
+  audience_by_flag = 28,         ///< a bracket calls whoever is registered at the moment, at start and at end
+  end_before_change = 29,        ///< the primary of the model ends its bracket before it changes its table
+  no_arming_grace_period = 30,   ///< a tracked registration does not wait for the brackets in flight
+  no_leaving_grace_period = 31,  ///< unregister unlinks the node while brackets may still have to call it
+  version_never_odd = 32,        ///< R3: who comes is linked before anybody can know
+  leaving_not_counted = 33,      ///< R3: who leaves looks like everybody
 };
 
 /// True in the build that has this one protection removed.

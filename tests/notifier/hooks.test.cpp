@@ -93,8 +93,9 @@ TEST_CASE("an absent hook is a null pointer, a present one calls the client") {
 
   constexpr const auto& all = detail::operations_for<everything, std::uintptr_t>;
   everything e;
-  CHECK(all.start(&e, {{0, 1}}));
-  CHECK(e.starts == 1);
+  all.start(&e, {{0, 1}});
+  CHECK(all.try_start(&e, {{0, 1}}));
+  CHECK(e.starts == 2);
   CHECK(all.clear_flush_young(&e, {0, 1}));
   CHECK(all.clear_young(&e, {0, 1}));
   CHECK_FALSE(all.test_young(&e, {0, 1}));
@@ -103,14 +104,14 @@ TEST_CASE("an absent hook is a null pointer, a present one calls the client") {
 TEST_CASE("P3: a start that returns bool refuses, one that returns void cannot") {
   refusing r;
   constexpr const auto& o = detail::operations_for<refusing, std::uintptr_t>;
-  CHECK(o.start(&r, {{0, 1}}));
-  CHECK_FALSE(o.start(&r, {{0, 1}, event::unmap, nullptr, false}));
+  CHECK(o.try_start(&r, {{0, 1}}));
+  CHECK_FALSE(o.try_start(&r, {{0, 1}, event::unmap, nullptr, false}));
 }
 
 TEST_CASE("a table can be made for a derived invalidation, which the hook then gets") {
   of_derived client;
   constexpr const auto& o = detail::operations_for<of_derived, std::uintptr_t, derived>;
   const derived i{};
-  CHECK(o.start(&client, i));
+  CHECK(o.try_start(&client, i));
   CHECK(client.seen == 7);
 }

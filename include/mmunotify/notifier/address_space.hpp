@@ -161,24 +161,16 @@ class address_space {
   /// Effects: clients map change.range to change.frame instead. Returns when none uses the old translation any more.
   /// Precondition (O1): inside a bracket of this thread that invalidate_in_place opened and that covers the range (that
   /// a bracket is open is checked in checked builds). Context: may sleep.
-  void change_entry(const basic_entry_change<key>& change) noexcept {
-    if (MMUNOTIFY_CHECKED && armed() && !gate_.held_by_this_thread()) {
-      return detail::violated("O1", "address_space::change_entry", "called outside of a bracket of this thread");
-    }
-    gate_.ask([change](auto& audience, auto& observer) {
-      if (!detail::is_valid(change.range)) return 0;
-      audience.change_entry(change, observer);
-      return 0;
-    });
+  [[gnu::always_inline]] void change_entry(const basic_entry_change<key>& change) noexcept {
+    if (armed()) [[unlikely]]
+      change_entry_armed(*this, change);
   }
 
   /// Effects: devices that walk the primary's own tables forget what they cached of the range; up to the last key means
   /// everything. Progress: takes no lock and waits for nobody (O4). Context: also under page-table locks.
-  void invalidate_secondary_tlbs(range_type r) noexcept {
-    gate_.ask([r](auto& audience, auto& observer) {
-      if (detail::is_valid(r)) audience.invalidate_secondary_tlbs(r, observer);
-      return 0;
-    });
+  [[gnu::always_inline]] void invalidate_secondary_tlbs(range_type r) noexcept {
+    if (armed()) [[unlikely]]
+      invalidate_secondary_tlbs_armed(*this, r.first, r.last);
   }
 
   /// Effects: tests and clears "accessed" in every secondary MMU, and flushes. Returns: true if any had it. Asks all.
@@ -200,9 +192,10 @@ class address_space {
     requires paged_key<key>
   {
     if (r.last < r.first || !basic_young_batch<key>::fits(r, bits)) return errc::bad_range;
-    gate_.ask([batch = basic_young_batch<key>(r, bits, clear)](auto& audience, auto& observer) mutable {
+    gate_.ask([&](auto& audience, auto& observer) {
+      basic_young_batch<key> batch(r, bits, clear);
       audience.ask_young_pages(batch, observer);
-      return 0;
+      return true;
     });
     return errc::ok;
   }
@@ -271,8 +264,9 @@ class address_space {
 
   /// Effects: the same without waiting: the worker runs the release hook, waits, and calls done(node) if it is not null
   /// (before the call returns, if the space's release() is done with the node already). Until then the node is called.
-  /// Returns: ok; not_registered, also if another call removes it. Progress: never waits. Context: anywhere, also in
-  /// callbacks and brackets of this space (L7). Before the space goes: barrier().
+  /// A removal that is under way already, by unregister() or release(), calls done(node) as well. Returns: ok;
+  /// not_registered, also if another unregister_async() was called before. Progress: never waits. Context: anywhere,
+  /// also in callbacks and brackets of this space (L7). Before the space goes: barrier().
   errc unregister_async(basic_subscriber<key>& node, done_hook done = nullptr) noexcept {
     return gate_.leave_async(node, this, done);
   }
@@ -298,8 +292,45 @@ class address_space {
 
   template <bool FirstYes>
   [[gnu::always_inline]] bool ask_young(detail::young_hook<key> hook, range_type r) noexcept {
-    return gate_.ask([hook, r](auto& audience, auto& observer) {
-      return detail::is_valid(r) && audience.template ask_young<FirstYes>(hook, r, observer);
+    if (!armed()) [[likely]]
+      return false;
+    return ask_young_armed<FirstYes>(*this, hook, r.first, r.last);
+  }
+
+  // What the calls do when somebody listens. Static, with values that travel in registers, for the callers' sake.
+
+  template <bool FirstYes>
+  MMUNOTIFY_COLD static bool ask_young_armed(address_space& space, detail::young_hook<key> hook, key first,
+                                             key last) noexcept {
+    return young_walk<FirstYes>(space, hook, first, last);
+  }
+  template <bool FirstYes>
+  MMUNOTIFY_ARMED static bool young_walk(address_space& space, detail::young_hook<key> hook, key first,
+                                         key last) noexcept {
+    const range_type r{first, last};
+    return detail::is_valid(r) && space.gate_.ask([&](auto& audience, auto& observer) {
+      return audience.template ask_young<FirstYes>(hook, r, observer);
+    });
+  }
+  MMUNOTIFY_COLD static void invalidate_secondary_tlbs_armed(address_space& space, key first, key last) noexcept {
+    tlb_walk(space, first, last);
+  }
+  MMUNOTIFY_ARMED static void tlb_walk(address_space& space, key first, key last) noexcept {
+    const range_type r{first, last};
+    if (!detail::is_valid(r)) return;
+    space.gate_.ask([&](auto& audience, auto& observer) __attribute__((always_inline)) {
+      audience.invalidate_secondary_tlbs(r, observer);
+      return true;
+    });
+  }
+  MMUNOTIFY_COLD static void change_entry_armed(address_space& space, const basic_entry_change<key>& change) noexcept {
+    if (MMUNOTIFY_CHECKED && !space.gate_.may_be_inside()) {
+      return detail::violated("O1", "address_space::change_entry", "called outside of a bracket of this thread");
+    }
+    if (!detail::is_valid(change.range)) return;
+    space.gate_.ask([&](auto& audience, auto& observer) {
+      audience.change_entry(change, observer);
+      return true;
     });
   }
 

@@ -28,9 +28,11 @@
 MMUNOTIFY_BEGIN_NAMESPACE
 
 namespace detail {
-template <address_key Key>
+template <address_key Key, class Platform>
 class audience;
-template <address_key Key>
+template <address_key Key, class Platform>
+class roster;
+template <address_key Key, class Platform>
 class registry;
 }  // namespace detail
 template <address_key Key>
@@ -59,9 +61,11 @@ class basic_subscriber : public hlist_node {
  protected:
   basic_subscriber(const detail::operations<Key>& operations, void* client, const basic_filter<Key>& filter,
                    std::uint64_t number = 0) noexcept
-      : operations_(&operations),
+      : start_(is_all(filter) ? operations.start : nullptr),
+        end_(is_all(filter) ? operations.end : nullptr),
+        invalidate_secondary_tlbs_(is_all(filter) ? operations.invalidate_secondary_tlbs : nullptr),
         client_(client),
-        filtered_(filter.events != event_set::all() || filter.range.has_value() || filter.owner != nullptr),
+        operations_(&operations),
         filter_(filter),
         number_(number) {}
 
@@ -73,8 +77,12 @@ class basic_subscriber : public hlist_node {
   }
 
  private:
-  friend class detail::audience<Key>;
-  friend class detail::registry<Key>;
+  template <address_key, class>
+  friend class detail::audience;
+  template <address_key, class>
+  friend class detail::roster;
+  template <address_key, class>
+  friend class detail::registry;
   friend class basic_range_visitor<Key>;
 
   enum phase : std::uint32_t { idle, joining, live, parting, leaving, released, departed };
@@ -82,12 +90,13 @@ class basic_subscriber : public hlist_node {
 
   /// The audience rule: a bracket of version g calls exactly those with born <= g < dead.
   [[gnu::always_inline]] bool hears(std::uint64_t g) const noexcept {
+    if constexpr (detail::mutated(detail::mutation::audience_by_flag)) {
+      return dead_.load(std::memory_order_relaxed) == never;
+    }
     return born_.load(std::memory_order_relaxed) <= g && g < dead_.load(std::memory_order_relaxed);
   }
   /// Whether the filter lets the bracket through (P6). Neither the filter nor the bracket changes.
   [[gnu::always_inline]] bool wants(const basic_invalidation<Key>& i) const noexcept {
-    if (!filtered_) [[likely]]
-      return true;
     return filter_.events.contains(i.event) && wants(i.range) &&
            !(filter_.owner != nullptr && filter_.owner == i.owner && has_owner(i.event));
   }
@@ -110,22 +119,31 @@ class basic_subscriber : public hlist_node {
     return users != 0;
   }
 
-  const detail::operations<Key>* operations_;
-  void* client_;
+  static bool is_all(const basic_filter<Key>& f) noexcept {
+    return f.events == event_set::all() && !f.range.has_value() && f.owner == nullptr;
+  }
+
+  // What walks call without looking further: the hooks of a client that wants to hear everything. Null: look at the
+  // table and the filter.
+  decltype(detail::operations<Key>::start) const start_;
+  decltype(detail::operations<Key>::end) const end_;
+  decltype(detail::operations<Key>::invalidate_secondary_tlbs) const invalidate_secondary_tlbs_;
+  void* const client_;
+  const detail::operations<Key>* const operations_;
   std::atomic<std::uint64_t> born_{never};
   std::atomic<std::uint64_t> dead_{never};
-  const bool filtered_;
   std::atomic<std::uint32_t> phase_{idle};
   const basic_filter<Key> filter_;
-  const std::uint64_t number_;              ///< tells shared ones of one type apart
-  std::atomic<std::uint64_t> users_{1};     ///< of a shared one
-  std::atomic<const void*> home_{nullptr};  ///< the space that it was registered with last; compared, never followed
-  std::atomic<detail::registry<Key>*> where_{nullptr};  ///< the registry that it is linked with
-  basic_subscriber* next_claimed_ = nullptr;            ///< release(): whoever claimed it links it here
+  const std::uint64_t number_;                ///< tells shared ones of one type apart
+  std::atomic<std::uint64_t> users_{1};       ///< of a shared one
+  std::atomic<const void*> home_{nullptr};    ///< the space that it was registered with last; compared, never followed
+  std::atomic<void*> where_{nullptr};         ///< the registry that it is linked with
+  basic_subscriber* next_claimed_ = nullptr;  ///< release(): whoever claimed it links it here
 
   // unregister_async
   struct removal : srcu_head {
-    basic_subscriber* node = nullptr;
+    basic_subscriber* node = nullptr;  ///< under way
+    bool adopted = false;              ///< asked for while another removal was under way, which hands over to it
     void (*done)(basic_subscriber&) noexcept = nullptr;
   } removal_{};
 };
@@ -138,7 +156,8 @@ class basic_range_visitor {
   void operator()(basic_range<Key> r) const noexcept { node_.hear_of(r); }
 
  private:
-  friend class detail::registry<Key>;
+  template <address_key, class>
+  friend class detail::roster;
   explicit basic_range_visitor(const basic_subscriber<Key>& node) noexcept : node_(node) {}
   const basic_subscriber<Key>& node_;
 };

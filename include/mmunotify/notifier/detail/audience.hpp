@@ -16,6 +16,7 @@
 //
 // Orderings:
 //   (n1) version release / (n2) version acquire: R1.
+//   (n14) leaving acquire / (n15) leaving release: R3, see for_each_hearing.
 //   (n11) intervals release / (n12) acquire: who finds the table finds what it stands for.
 // Everything about the list: lockfree_hlist.hpp, about grace periods: srcu_domain.hpp.
 
@@ -53,13 +54,14 @@ struct interval_hooks {
   void (*invalidate_secondary_tlbs)(void* set, basic_range<Key>) noexcept;
 };
 
-template <address_key Key>
+template <address_key Key, class Platform>
 class audience {
  public:
   using node = basic_subscriber<Key>;
-  using section = read_section;
+  using domain_type = basic_srcu_domain<Platform>;
+  using section = basic_read_section<domain_type>;
 
-  srcu_domain& domain() noexcept { return domain_; }
+  domain_type& domain() noexcept { return domain_; }
   bool empty() const noexcept { return list_.empty(); }
 
   // --- Brackets. Precondition of each: inside a read section of the domain. -----------------------------------------
@@ -69,25 +71,33 @@ class audience {
     return version_.load(std::memory_order_acquire);
   }  // (n2) pairs with (n1)
 
+  /// Returns: g, or 0 if nobody has to be called at the end.
   template <observe::observer O>
-  [[gnu::always_inline]] void call_start(const basic_invalidation<Key>& i, std::uint64_t g, void*& memo, O& observer) {
-    std::uint64_t calls = 0;
-    pending_passes<Key> pending;
+  [[gnu::always_inline]] std::uint64_t call_start(const basic_invalidation<Key>& i, std::uint64_t g, void*& memo,
+                                                  O& observer) {
+    started s;
+    pending_passes<Key> pending;  // its address is given away; s stays in registers
     if (const auto* const first = intervals(); first != nullptr) [[unlikely]] {
       static_cast<void>(first->start(first->set, i, pending, memo));  // nobody refuses what is blockable
     }
-    for (node& n : list_) {
-      if (!n.hears(g) || !n.wants(i)) continue;
-      if (start_one(n, i, pending, calls)) [[likely]]
-        continue;
-      violated("P3", "invalidate_range_start", "a client refused a start that is blockable; it counts as done");
-    }
+    for_each_hearing(
+        g, [&](node & n) __attribute__((always_inline)) {
+          if (n.start_ != nullptr) {
+            ++s.calls;
+            s.heard = true;
+            n.start_(n.client_, i);
+          } else if (!start_carefully(n, i, pending, s)) [[unlikely]] {
+            refused_blockable();
+          }
+          return true;
+        });
     pending.finish_all(i);
     observer.note(observe::occurrence::bracket, 1);
-    observer.note(observe::occurrence::callback, calls);
+    observer.note(observe::occurrence::callback, s.calls);
+    return needs_end(s) ? g : 0;
   }
 
-  /// up_to: the last one to be called, null for everybody.
+  /// g: what the start returned. up_to: the last one to be called, null for everybody.
   template <observe::observer O>
   [[gnu::always_inline]] void call_end(const basic_invalidation<Key>& i, std::uint64_t g, void* memo, O& observer,
                                        const node* up_to = nullptr) {
@@ -96,35 +106,40 @@ class audience {
       const auto* const first = intervals();
       first->end(first->set, i, memo);
     }
-    for (node& n : list_) {
-      if (n.operations_->end != nullptr && n.hears(g) && n.wants(i)) {
-        ++calls;
-        n.operations_->end(n.client_, i);
-      }
-      if (&n == up_to) break;
-    }
+    if (g == 0) return;
+    for_each_hearing(
+        g, [&](node & n) __attribute__((always_inline)) {
+          if (n.end_ != nullptr) {
+            ++calls;
+            n.end_(n.client_, i);
+          } else if (n.operations_->end != nullptr && n.wants(i)) {
+            ++calls;
+            n.operations_->end(n.client_, i);
+          }
+          return &n != up_to;
+        });
     observer.note(observe::occurrence::callback, calls);
   }
 
   /// Non-blocking start. Returns: false if a client refused; then everybody who got the start has got the end (P3),
-  /// the one who refused included, and everything is as before (P4).
+  /// the one who refused included, and everything is as before (P4). g becomes 0 if nobody has to be called at the end.
   template <observe::observer O>
-  [[nodiscard]] bool try_call_start(const basic_invalidation<Key>& i, std::uint64_t g, void*& memo, O& observer) {
-    std::uint64_t calls = 0;
-    pending_passes<Key> pending;
+  [[nodiscard]] bool try_call_start(const basic_invalidation<Key>& i, std::uint64_t& g, void*& memo, O& observer) {
+    started s;
+    pending_passes<Key> pending;  // its address is given away; s stays in registers
     const auto* const first = intervals();
     const bool intervals_refused = first != nullptr && !first->start(first->set, i, pending, memo);
     const node* refused = nullptr;
     if (!intervals_refused) {
-      for (node& n : list_) {
-        if (!n.hears(g) || !n.wants(i) || start_one(n, i, pending, calls)) continue;
-        refused = &n;
-        break;
-      }
+      for_each_hearing(g, [&](node& n) {
+        if (!try_start(n, i, pending, s)) refused = &n;
+        return refused == nullptr;
+      });
     }
     pending.finish_all(i);  // a refusal, too, finishes what has begun (O3)
-    observer.note(observe::occurrence::callback, calls);
+    observer.note(observe::occurrence::callback, s.calls);
     if (!intervals_refused && refused == nullptr) {
+      if (!needs_end(s)) g = 0;
       observer.note(observe::occurrence::bracket, 1);
       return true;
     }
@@ -148,15 +163,20 @@ class audience {
 
   /// O4: takes no lock and waits for nobody.
   template <observe::observer O>
-  void invalidate_secondary_tlbs(basic_range<Key> r, O& observer) {
+  [[gnu::always_inline]] void invalidate_secondary_tlbs(basic_range<Key> r, O& observer) {
     std::uint64_t calls = 0;
     if (const auto* const first = intervals(); first != nullptr) first->invalidate_secondary_tlbs(first->set, r);
-    const std::uint64_t g = version();
-    for (node& n : list_) {
-      if (n.operations_->invalidate_secondary_tlbs == nullptr || !n.hears(g) || !n.wants(r)) continue;
-      ++calls;
-      n.operations_->invalidate_secondary_tlbs(n.client_, r);
-    }
+    for_each_hearing(
+        version(), [&](node & n) __attribute__((always_inline)) {
+          if (n.invalidate_secondary_tlbs_ != nullptr) {
+            ++calls;
+            n.invalidate_secondary_tlbs_(n.client_, r);
+          } else if (n.operations_->invalidate_secondary_tlbs != nullptr && n.wants(r)) {
+            ++calls;
+            n.operations_->invalidate_secondary_tlbs(n.client_, r);
+          }
+          return true;
+        });
     observer.note(observe::occurrence::callback, calls);
   }
 
@@ -224,19 +244,61 @@ class audience {
     return intervals_.load(std::memory_order_acquire);  // (n12) pairs with (n11)
   }
 
+  /// What a start has done so far.
+  struct started {
+    std::uint64_t calls = 0;
+    bool heard = false;     ///< somebody without a filter was called
+    bool some_end = false;  ///< somebody else whom it concerns has an end hook
+  };
+  bool needs_end(const started& s) const noexcept {
+    // Relaxed: who was called is linked until this bracket has ended, and counted.
+    return s.some_end || (s.heard && enders_.load(std::memory_order_relaxed) != 0);
+  }
+
   /// Returns: false if the client refused.
-  [[gnu::always_inline]] static bool start_one(node& n, const basic_invalidation<Key>& i, pending_passes<Key>& pending,
-                                               std::uint64_t& calls) {
+  static bool try_start(node& n, const basic_invalidation<Key>& i, pending_passes<Key>& pending, started& s) {
+    if (n.start_ == nullptr) return start_carefully(n, i, pending, s);
+    ++s.calls;
+    s.heard = true;
+    return n.operations_->try_start(n.client_, i);
+  }
+  /// Who has a filter, two passes, or no start at all. Returns: false if the client refused.
+  [[gnu::always_inline]] static bool start_carefully(node& n, const basic_invalidation<Key>& i,
+                                                     pending_passes<Key>& pending, started& s) {
+    if (!n.wants(i)) return true;
     const auto& o = *n.operations_;
-    if (o.start != nullptr) [[likely]] {
-      ++calls;
-      return o.start(n.client_, i);
+    s.some_end |= o.end != nullptr;
+    if (o.try_start != nullptr) {
+      ++s.calls;
+      return o.try_start(n.client_, i);
     }
     if (o.begin == nullptr) return true;
-    ++calls;
+    ++s.calls;
     const auto pass = o.begin(n.client_, i);
     if (pass.token() != nullptr) pending.add(*pass.token(), o.finish, n.client_);
     return !pass.is_refused();
+  }
+
+  /// Calls visit(node) for everybody who hears g, newest first, until it returns false.
+  ///
+  /// Mostly nobody comes or goes, and then nobody's stamps have to be looked at (R3): a node that hears nothing of g is
+  /// one that came after g was read, or one that is leaving. Who comes makes the version odd before it is linked, and
+  /// even when its stamps count; so if the version is g, and even, after the head was loaded, what hangs there came
+  /// before. Who leaves is counted before its stamp counts, until it is unlinked.
+  template <class Visit>
+  [[gnu::always_inline]] void for_each_hearing(std::uint64_t g, Visit visit) {
+    // (n14) pairs with (n15)
+    const bool nobody_leaves = leaving_.load(std::memory_order_acquire) == 0 && !mutated(mutation::audience_by_flag);
+    auto at = list_.begin();
+    if (nobody_leaves && g % 2 == 0 && version_.load(std::memory_order_relaxed) == g) [[likely]] {
+      for (; at != nullptr; ++at) {
+        if (!visit(*at)) return;
+      }
+    } else {
+      for (; at != nullptr; ++at) {
+        if ((*at).hears(g) && !visit(*at)) return;
+      }
+    }
   }
 
   template <class Ask>
@@ -251,9 +313,11 @@ class audience {
     }
   }
 
-  srcu_domain domain_;
-  std::atomic<std::uint64_t> version_{1};
-  lockfree_hlist<node> list_{domain_};
+  domain_type domain_;
+  std::atomic<std::uint64_t> version_{2};
+  std::atomic<std::uint64_t> enders_{0};   ///< linked nodes with an end hook
+  std::atomic<std::uint64_t> leaving_{0};  ///< linked nodes that may not be heard of any more
+  lockfree_hlist<node, domain_type> list_{domain_};
 
  private:
   std::atomic<const interval_hooks<Key>*> intervals_{nullptr};

@@ -58,7 +58,8 @@ struct operations {
   using invalidation_type = basic_invalidation<Key>;
   using batch = typename young_batch_of<Key>::type;
 
-  bool (*start)(void*, const invalidation_type&) noexcept = nullptr;
+  void (*start)(void*, const invalidation_type&) noexcept = nullptr;      ///< of what is blockable
+  bool (*try_start)(void*, const invalidation_type&) noexcept = nullptr;  ///< there with start; false: refused
   basic_first_pass<Key> (*begin)(void*, const invalidation_type&) noexcept = nullptr;
   void (*finish)(void*, basic_two_pass_token<Key>&, const invalidation_type&) noexcept = nullptr;
   void (*end)(void*, const invalidation_type&) noexcept = nullptr;
@@ -76,6 +77,10 @@ struct operations {
 template <address_key Key>
 using young_hook = bool (*operations<Key>::*)(void*, basic_range<Key>) noexcept;
 
+inline void refused_blockable() noexcept {
+  violated("P3", "invalidate_range_start", "a client refused a start that is blockable; it counts as done");
+}
+
 /// How the hooks of C are called that get the invalidation I.
 template <class C, address_key Key, class I>
 consteval void set_bracket_operations(operations<Key>& o) {
@@ -83,10 +88,16 @@ consteval void set_bracket_operations(operations<Key>& o) {
   if constexpr (has_start<C, Key, I>) {
     o.start = [](void* c, const base& i) noexcept {
       static_cast<C*>(c)->invalidate_range_start(static_cast<const I&>(i));
+    };
+    o.try_start = [](void* c, const base& i) noexcept {
+      static_cast<C*>(c)->invalidate_range_start(static_cast<const I&>(i));
       return true;
     };
   } else if constexpr (has_refusing_start<C, Key, I>) {
     o.start = [](void* c, const base& i) noexcept {
+      if (!static_cast<C*>(c)->invalidate_range_start(static_cast<const I&>(i))) refused_blockable();
+    };
+    o.try_start = [](void* c, const base& i) noexcept {
       return static_cast<C*>(c)->invalidate_range_start(static_cast<const I&>(i));
     };
   } else if constexpr (has_begin<C, Key, I>) {

@@ -12,15 +12,16 @@
 MMUNOTIFY_BEGIN_NAMESPACE
 namespace detail {
 
-template <address_key Key, observe::observer Observer>
+template <address_key Key, observe::observer Observer, class Platform = linux_platform>
 class tracked_gate {
  public:
+  using registry_type = registry<Key, Platform>;
   using node = basic_subscriber<Key>;
 
-  using done_hook = typename registry<Key>::done_hook;
+  using done_hook = typename registry_type::done_hook;
 
   /// Null: nobody was called.
-  using ticket = open_bracket<Key>*;
+  using ticket = open_bracket<Key, Platform>*;
 
   // --- The hot half. ----------------------------------------------------------------------------------------------
 
@@ -60,12 +61,14 @@ class tracked_gate {
   /// A disarmed bracket is a section all the same, and too small to be put out of line.
   static constexpr bool closure_out_of_line = false;
 
-  /// Returns: ask(registry, observer), asked in the section of those who are registered; a default value if nobody is.
+  /// Returns: f(registry, observer), called in the section of those who are registered; a default value if nobody is.
+  /// For the armed half of a call.
   template <class Ask>
-  auto ask(Ask f) noexcept -> decltype(f(std::declval<registry<Key>&>(), std::declval<Observer&>())) {
-    if (!armed()) [[likely]]
-      return decltype(ask_armed(f))();
-    return ask_armed(f);
+  [[gnu::always_inline]] auto ask(Ask f) noexcept {
+    registry_.domain().read_lock_unordered();
+    const auto a = f(registry_, observer_);
+    registry_.domain().read_unlock_unordered();
+    return a;
   }
 
   // --- The cold half. ---------------------------------------------------------------------------------------------
@@ -75,33 +78,34 @@ class tracked_gate {
   MMUNOTIFY_COLD errc join(node& n, const void* home, Existing&& existing) noexcept {
     if (const errc e = registry_.domain().status(); e != errc::ok) return e;
     if (registry_.would_deadlock("address_space::register_subscriber")) return errc::would_deadlock;
-    if (const errc e = registry<Key>::claim(n, home); e != errc::ok) return e;
+    if (const errc e = registry_type::claim(n, home); e != errc::ok) return e;
     {
       const std::lock_guard lock(registry_.writers());
       if (released_) {
-        registry<Key>::unclaim(n);
+        registry_type::unclaim(n);
         return errc::released;
       }
       registry_.link_locked(n);
     }
-    registry_.grace_period();  // P7: every bracket that may have missed the node is over
+    // P7: every bracket that may have missed the node is over.
+    if constexpr (!mutated(mutation::no_arming_grace_period)) registry_.grace_period();
     registry_.replay(n, existing);
     registry_.settle(n);
     return errc::ok;
   }
 
   MMUNOTIFY_COLD errc leave(node& n, const void* home) noexcept {
-    while (registry<Key>::where(n, home) == &registry_) {
+    while (registry_type::where(n, home) == &registry_) {
       if (const errc e = registry_.leave(n, home); e != errc::again) return e;
     }
-    return registry<Key>::depart(n, home);
+    return registry_type::depart(n, home);
   }
 
   MMUNOTIFY_COLD errc leave_async(node& n, const void* home, done_hook done) noexcept {
-    while (registry<Key>::where(n, home) == &registry_) {
+    while (registry_type::where(n, home) == &registry_) {
       if (const errc e = registry_.leave_async(n, home, done); e != errc::again) return e;
     }
-    return registry<Key>::depart(n, home, done);
+    return registry_type::depart(n, home, done);
   }
 
   MMUNOTIFY_COLD errc barrier() noexcept { return registry_.barrier(); }
@@ -116,11 +120,11 @@ class tracked_gate {
     return registry_.release_all();
   }
 
-  /// Returns: true inside a callback or a bracket of this thread.
-  bool held_by_this_thread() noexcept { return registry_.domain().held_by_this_thread(); }
+  /// Returns: false if this thread is in no callback and no bracket.
+  bool may_be_inside() noexcept { return registry_.domain().held_by_this_thread(); }
 
   /// Inside a section it is not taken: its owner may wait for this section.
-  std::unique_lock<std::mutex> sharing(errc& e) noexcept {
+  std::unique_lock<typename Platform::mutex> sharing(errc& e) noexcept {
     if (registry_.domain().held_by_this_thread()) {
       e = errc::would_deadlock;
       return {};
@@ -132,11 +136,11 @@ class tracked_gate {
 
  private:
   /// Inside the bracket's section already.
-  [[gnu::always_inline]] open_bracket<Key>* make(std::byte* slab, Key first, Key last, event e, const void* owner,
-                                                 manner m) noexcept {
+  [[gnu::always_inline]] open_bracket<Key, Platform>* make(std::byte* slab, Key first, Key last, event e,
+                                                           const void* owner, manner m) noexcept {
     if (!is_valid<Key>({first, last})) [[unlikely]]
       return nullptr;
-    open_bracket<Key>* const b = make_bracket(registry_, slab);
+    open_bracket<Key, Platform>* const b = make_bracket(registry_, slab);
     describe(b->i, {first, last}, e, owner, m);
     return b;
   }
@@ -144,21 +148,21 @@ class tracked_gate {
   // As in under_gate: cold ends in the primary's code, fast walks behind them.
 
   template <manner M>
-  MMUNOTIFY_COLD open_bracket<Key>* start_armed(std::byte* slab, Key first, Key last, event e,
-                                                const void* owner) noexcept {
+  MMUNOTIFY_COLD open_bracket<Key, Platform>* start_armed(std::byte* slab, Key first, Key last, event e,
+                                                          const void* owner) noexcept {
     return start_walk<M>(slab, first, last, e, owner);
   }
-  MMUNOTIFY_COLD void end_armed(open_bracket<Key>* b) noexcept { end_walk(b); }
+  MMUNOTIFY_COLD void end_armed(open_bracket<Key, Platform>* b) noexcept { end_walk(b); }
 
   template <manner M>
-  MMUNOTIFY_ARMED open_bracket<Key>* start_walk(std::byte* slab, Key first, Key last, event e,
-                                                const void* owner) noexcept {
-    open_bracket<Key>* const b = make(slab, first, last, e, owner, M);
+  MMUNOTIFY_ARMED open_bracket<Key, Platform>* start_walk(std::byte* slab, Key first, Key last, event e,
+                                                          const void* owner) noexcept {
+    open_bracket<Key, Platform>* const b = make(slab, first, last, e, owner, M);
     if (b != nullptr) [[likely]]
-      registry_.call_start(b->i, b->version, b->intervals, observer_);
+      b->version = registry_.call_start(b->i, b->version, b->intervals, observer_);
     return b;
   }
-  MMUNOTIFY_ARMED void end_walk(open_bracket<Key>* b) noexcept {
+  MMUNOTIFY_ARMED void end_walk(open_bracket<Key, Platform>* b) noexcept {
     if (!is_open(*b)) [[unlikely]]
       return;
     registry_.call_end(b->i, b->version, b->intervals, observer_);
@@ -166,37 +170,26 @@ class tracked_gate {
     registry_.domain().read_unlock_unordered(b);
   }
 
-  MMUNOTIFY_COLD open_bracket<Key>* try_start_armed(std::byte* slab, Key first, Key last, event e,
-                                                    const void* owner) noexcept {
+  MMUNOTIFY_COLD open_bracket<Key, Platform>* try_start_armed(std::byte* slab, Key first, Key last, event e,
+                                                              const void* owner) noexcept {
     if (last < first) [[unlikely]] {
       static_cast<void>(is_valid<Key>({first, last}));
       return refused();
     }
-    open_bracket<Key>* const b = make(slab, first, last, e, owner, manner::nonblocking);
+    open_bracket<Key, Platform>* const b = make(slab, first, last, e, owner, manner::nonblocking);
     if (b == nullptr || registry_.try_call_start(b->i, b->version, b->intervals, observer_)) return b;
     registry_.domain().cells(slab).give_back(b);
     return refused();
   }
 
-  template <class Ask>
-  MMUNOTIFY_COLD auto ask_armed(Ask f) noexcept {
-    struct inside {
-      srcu_domain& domain;
-      explicit inside(srcu_domain& d) noexcept : domain(d) { domain.read_lock_unordered(); }
-      ~inside() { domain.read_unlock_unordered(); }
-    };
-    const inside section(registry_.domain());
-    return f(registry_, observer_);
-  }
+  static constexpr gate_hooks<Key, Platform> hooks{nullptr, nullptr,
+                                                   [](void* gate, observe::occurrence what, std::uint64_t n) noexcept {
+                                                     static_cast<tracked_gate*>(gate)->observer_.note(what, n);
+                                                   }};
 
-  static constexpr gate_hooks<Key> hooks{nullptr, nullptr,
-                                         [](void* gate, observe::occurrence what, std::uint64_t n) noexcept {
-                                           static_cast<tracked_gate*>(gate)->observer_.note(what, n);
-                                         }};
-
-  registry<Key> registry_{hooks, this};
-  std::mutex sharing_;     ///< held while a shared client is made
-  bool released_ = false;  ///< under the writers' mutex
+  registry_type registry_{hooks, this};
+  typename Platform::mutex sharing_;  ///< held while a shared client is made
+  bool released_ = false;             ///< under the writers' mutex
   [[no_unique_address]] Observer observer_;
 };
 

@@ -43,16 +43,17 @@ struct no_switch {
   static constexpr void disable() noexcept {}
 };
 
-template <address_key Key, observe::observer Observer, class Switch = no_switch>
+template <address_key Key, observe::observer Observer, class Switch = no_switch, class Platform = linux_platform>
 class under_gate {
-  using pool = registry_pool<Key>;
+  using pool = registry_pool<Key, Platform>;
   using entry = typename pool::entry;
 
  public:
+  using registry_type = registry<Key, Platform>;
   using node = basic_subscriber<Key>;
-  using done_hook = typename registry<Key>::done_hook;
+  using done_hook = typename registry_type::done_hook;
   /// Null: nobody was called.
-  using ticket = open_bracket<Key>*;
+  using ticket = open_bracket<Key, Platform>*;
 
   under_gate() = default;
   under_gate(const under_gate&) = delete;
@@ -104,12 +105,16 @@ class under_gate {
   /// The closure form calls its closure bare when disarmed, and has its armed half, closure and all, out of line.
   static constexpr bool closure_out_of_line = MMUNOTIFY_CHECKED == 0;
 
-  /// Returns: ask(registry, observer), asked in the section of those who are registered; a default value if nobody is.
+  /// Returns: f(registry, observer), called in the section of those who are registered; a default value if nobody is.
+  /// For the armed half of a call.
   template <class Ask>
-  auto ask(Ask f) noexcept -> decltype(f(std::declval<registry<Key>&>(), std::declval<Observer&>())) {
-    if (!armed()) [[likely]]
-      return decltype(ask_armed(f))();
-    return ask_armed(f);
+  [[gnu::always_inline]] auto ask(Ask f) noexcept {
+    using answer = decltype(f(std::declval<registry_type&>(), observer_));
+    entry* const asked = enter().audience;
+    if (asked == nullptr) return answer();
+    const answer a = f(static_cast<registry_type&>(*asked), observer_);
+    asked->domain().read_unlock_unordered();
+    return a;
   }
 
   // --- The cold half. ---------------------------------------------------------------------------------------------
@@ -124,31 +129,31 @@ class under_gate {
                "lock, or this thread registers inside its own bracket");
       return errc::bracket_open;
     }
-    if (const errc e = registry<Key>::claim(n, home); e != errc::ok) return e;
+    if (const errc e = registry_type::claim(n, home); e != errc::ok) return e;
     const errc e = link(n, existing);
-    if (e != errc::ok) registry<Key>::unclaim(n);
+    if (e != errc::ok) registry_type::unclaim(n);
     return e;
   }
 
   MMUNOTIFY_COLD errc leave(node& n, const void* home) noexcept {
     while (true) {
-      registry<Key>* const r = registry<Key>::where(n, home);
-      if (r == nullptr) return registry<Key>::depart(n, home);
+      registry_type* const r = registry_type::where(n, home);
+      if (r == nullptr) return registry_type::depart(n, home);
       if (const errc e = r->leave(n, home); e != errc::again) return e;
     }
   }
 
   MMUNOTIFY_COLD errc leave_async(node& n, const void* home, done_hook done) noexcept {
     while (true) {
-      registry<Key>* const r = registry<Key>::where(n, home);
-      if (r == nullptr) return registry<Key>::depart(n, home, done);
+      registry_type* const r = registry_type::where(n, home);
+      if (r == nullptr) return registry_type::depart(n, home, done);
       if (const errc e = r->leave_async(n, home, done); e != errc::again) return e;
     }
   }
 
   /// A space that is disarmed has nothing to wait for: it stays armed until removals are over.
   MMUNOTIFY_COLD errc barrier() noexcept {
-    registry<Key>* const r = named();
+    registry_type* const r = named();
     return r != nullptr ? r->barrier() : errc::ok;
   }
 
@@ -171,10 +176,10 @@ class under_gate {
     }
   }
 
-  /// Returns: true inside a callback or an armed bracket of this thread.
-  bool held_by_this_thread() const noexcept {
+  /// Returns: false if this thread is certainly in no callback and no armed bracket: the space may just be disarmed.
+  bool may_be_inside() const noexcept {
     entry* const r = named();
-    return r != nullptr && r->domain().held_by_this_thread();
+    return r == nullptr || r->domain().held_by_this_thread();
   }
 
   /// The witness of the registration excludes others.
@@ -304,10 +309,10 @@ class under_gate {
     const auto [r, slab] = enter();
     if (r == nullptr) [[unlikely]]
       return nullptr;
-    open_bracket<Key>* const b = make_bracket<Key>(*r, slab);
+    open_bracket<Key, Platform>* const b = make_bracket<Key, Platform>(*r, slab);
     describe(b->i, {first, last}, e, owner, M);
     if constexpr (M != manner::nonblocking) {
-      r->call_start(b->i, b->version, b->intervals, observer_);
+      b->version = r->call_start(b->i, b->version, b->intervals, observer_);
     } else if (!r->try_call_start(b->i, b->version, b->intervals, observer_)) {
       close(b);
       return refused();
@@ -318,7 +323,7 @@ class under_gate {
   MMUNOTIFY_ARMED static void end_walk(ticket b) noexcept {
     if (!is_open(*b)) [[unlikely]]
       return;
-    registry<Key>* const r = b->audience;
+    registry_type* const r = b->audience;
     r->call_end(b->i, b->version, b->intervals, static_cast<under_gate*>(r->gate())->observer_);
     close(b);
   }
@@ -327,23 +332,12 @@ class under_gate {
     std::exchange(b->audience, nullptr)->domain().read_unlock_unordered(b);
   }
 
-  template <class Ask>
-  MMUNOTIFY_COLD auto ask_armed(Ask f) noexcept {
-    using answer = decltype(f(std::declval<registry<Key>&>(), observer_));
-    entry* const asked = enter().audience;
-    if (asked == nullptr) return answer();
-    const struct leaving {
-      entry& asked;
-      ~leaving() { asked.domain().read_unlock_unordered(); }
-    } at_end{*asked};
-    return f(static_cast<registry<Key>&>(*asked), observer_);
-  }
-
-  static constexpr gate_hooks<Key> hooks{[](void* gate) noexcept { static_cast<under_gate*>(gate)->disarm(); },
-                                         [](registry<Key>& r) noexcept { pool::give_back(static_cast<entry*>(&r)); },
-                                         [](void* gate, observe::occurrence what, std::uint64_t n) noexcept {
-                                           static_cast<under_gate*>(gate)->observer_.note(what, n);
-                                         }};
+  static constexpr gate_hooks<Key, Platform> hooks{
+      [](void* gate) noexcept { static_cast<under_gate*>(gate)->disarm(); },
+      [](registry_type& r) noexcept { pool::give_back(static_cast<entry*>(&r)); },
+      [](void* gate, observe::occurrence what, std::uint64_t n) noexcept {
+        static_cast<under_gate*>(gate)->observer_.note(what, n);
+      }};
 
   std::atomic<std::uintptr_t> word_{0};
   [[no_unique_address]] open_brackets open_;
