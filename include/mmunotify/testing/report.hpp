@@ -23,7 +23,7 @@ namespace testing {
 struct failure {
   char rule[16] = "";       ///< the contract's ID, "O1"
   char scenario[64] = "";   ///< what was going on
-  std::uint64_t seed = 0;   ///< of the random scenarios, to replay; the others do not depend on it
+  std::uint64_t seed = 0;   ///< of a random round, to replay it; 0: there was nothing random
   char sentence[208] = "";  ///< what went wrong, with the values
 };
 
@@ -66,8 +66,9 @@ class report {
 /// Effects: one line for each failure, and one with the numbers.
 inline void print(const report& r, std::FILE* to = stderr) noexcept {
   for (const failure& f : r.failures()) {
-    std::fprintf(to, "%s broken, %s (seed %llu): %s\n", f.rule, f.scenario, static_cast<unsigned long long>(f.seed),
-                 f.sentence);
+    std::fprintf(to, "%s broken, %s", f.rule, f.scenario);
+    if (f.seed != 0) std::fprintf(to, " (seed %llu)", static_cast<unsigned long long>(f.seed));
+    std::fprintf(to, ": %s\n", f.sentence);
   }
   std::fprintf(to, "%u scenarios, %u left out, %zu failed\n", r.ran(), r.skipped(), r.failures().size());
 }
