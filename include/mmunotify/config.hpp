@@ -146,6 +146,17 @@ enum class mutation : int {
   no_leaving_grace_period = 31,  ///< unregister unlinks the node while brackets may still have to call it
   version_never_odd = 32,        ///< R3: who comes is linked before anybody can know
   leaving_not_counted = 33,      ///< R3: who leaves looks like everybody
+  // primary/
+  write_to_shared = 50,         ///< a write to a shared frame goes to it, without a copy
+  free_before_end = 51,         ///< frames are freed inside the bracket that takes them away
+  fork_keeps_writable = 52,     ///< fork shares the parent's pages and does not write-protect them
+  merge_compares_early = 53,    ///< equal pages are compared before their bracket, and not again inside
+  soft_dirty_keeps_write = 54,  ///< clear_soft_dirty does not write-protect
+  huge_survives_a_change = 55,  ///< a part of a huge page changes, and the rest still counts as huge
+  exclusive_not_revoked = 56,   ///< the processor takes an exclusive page back without a bracket
+  device_copied_early = 57,     ///< a device's page is copied back before the bracket
+  reap_despite_refusal = 58,    ///< what a client refused to let go is reaped
+  collapse_despite_loans = 59,  ///< pages on loan are collapsed
 };
 
 /// True in the build that has this one protection removed.
