@@ -283,32 +283,38 @@ TEST_CASE("exclusive_cow: taking a page that a fork shares gives this side its o
 TEST_CASE("exclusive: an increment of the device is never lost to the processor's, and the other way round") {
   device_memory m;
   m.put(0, 0);
-  constexpr std::uint64_t times = 300;
   std::atomic<unsigned> wrong{0};
+  std::atomic<bool> over{false};
+  std::atomic<std::uint64_t> by_processor{0};
+  std::uint64_t by_device = 0;
   std::thread processor([&] {
-    for (std::uint64_t i = 0; i < times; ++i) {
+    for (std::uint64_t n = 1; !over.load(); by_processor.store(n++)) {
       std::uint64_t value = 0;
       while (m.primary.compare_exchange(hva{at(0)}, value, value + 1) == errc::again) {
       }
-      if (i % 4 == 0) wrong.fetch_add(m.primary.migrate(pages(0, 1)) == errc::ok ? 0 : 1);  // to another frame
+      if (n % 4 == 0) wrong.fetch_add(m.primary.migrate(pages(0, 1)) == errc::ok ? 0 : 1);  // another frame
     }
   });
-  for (std::uint64_t i = 0; i < times; ++i) {
+  for (unsigned i = 0; i < 25; ++i) {
     wrong.fetch_add(m.exclusive(0, 1) == errc::ok ? 0 : 1);
-    wrong.fetch_add(m.device.add(at(0), 1) == errc::ok ? 0 : 1);
+    for (const std::uint64_t then = by_processor.load(); by_processor.load() < then + 6; ++by_device) {
+      std::this_thread::yield();
+      wrong.fetch_add(m.device.add(at(0), 1) == errc::ok ? 0 : 1);  // while the processor takes the page back
+    }
   }
+  over.store(true);
   processor.join();
   CHECK(wrong.load() == 0);
-  CHECK(m.get(0) == 2 * times);
+  CHECK(m.get(0) == by_processor + by_device);
 }
 
 TEST_CASE("migrate: the device's pages go to and fro under the processor's hands, and no write is lost") {
   device_memory m;
   for (std::uintptr_t i = 0; i < 8; ++i) m.put(i, 0);
   std::atomic<bool> over{false};
-  std::atomic<unsigned> wrong{0};
+  std::atomic<unsigned> wrong{0}, rounds{0};
   std::thread migrating([&] {
-    for (unsigned i = 0; !over.load() || i < 20; ++i) {
+    for (unsigned i = 0; !over.load(); rounds.store(++i)) {
       const errc there = m.migrate(0, 8);
       const errc back = i % 3 == 0 ? m.migrate_back(0, 8) : errc::ok;
       wrong.fetch_add(there == errc::ok && back == errc::ok ? 0 : 1);
@@ -324,6 +330,9 @@ TEST_CASE("migrate: the device's pages go to and fro under the processor's hands
     } else {
       wrong.fetch_add(m.get(i) == expected[i] ? 0 : 1);
       wrong.fetch_add(m.seen(i) == expected[i] ? 0 : 1);
+    }
+    if (k % 100 == 0) {
+      for (const unsigned then = rounds.load(); rounds.load() == then;) std::this_thread::yield();
     }
   }
   over.store(true);

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-// The adapter on a real primary, the reference_mmu: swap, migration, protection, moves, aging and exit, while devices
-// access their pages. What a device stored must be found wherever its page has gone since.
+// The adapter on a real primary, the reference_mmu: swap, migration, protection, moves, forks, merging, soft-dirty
+// tracking, aging and exit, while devices access their pages. What a device stored must be found wherever its page has
+// gone since.
 
 #include <array>
 #include <atomic>
@@ -112,13 +113,16 @@ class reference_rounds {
     for (unsigned i = 0; i < steps && !verdict_.failed(); ++i) {
       range r = d.some_range().clipped_to(window);
       r = {r.first & ~std::uintptr_t{page_mask}, (r.last + page_mask) & ~std::uintptr_t{page_mask}};
-      switch (d.below(8)) {
+      switch (d.below(11)) {
         case 0: static_cast<void>(mmu.swap_out(r)); break;
         case 1: static_cast<void>(mmu.protect(r, protection::read)); break;
         case 2: static_cast<void>(mmu.protect(window, protection::read_write)); break;
         case 3: static_cast<void>(mmu.clear_flush_young(r)); break;
         case 4: static_cast<void>(mmu.test_young(r)); break;
         case 5: away_and_back(r); break;
+        case 6: fork_a_child(); break;
+        case 7: static_cast<void>(mmu.merge_equal(r)); break;
+        case 8: static_cast<void>(mmu.clear_soft_dirty(r)); break;
         default: static_cast<void>(mmu.migrate(r)); break;
       }
     }
@@ -134,6 +138,15 @@ class reference_rounds {
       verdict_.that(e == errc::ok, "access", "the kit cannot move a range back: %s", to_string(e));
     }
     moving_.store(false, std::memory_order_release);  // (rr2) pairs with (rr1)
+  }
+
+  /// Everything is shared with a child, which goes at once: until then, and for pages written meanwhile, each store is a
+  /// copy on write, in place.
+  void fork_a_child() noexcept {
+    reference_mmu<test_space> child(primary_.mmu.memory());
+    static_cast<void>(primary_.mmu.fork(child));
+    std::this_thread::yield();
+    static_cast<void>(child.exit());
   }
 
   /// All is quiet: every page must be found, by the device and by the primary.
