@@ -4,6 +4,7 @@
 // A mirrored address space for the tests that are modelled on hmm-tests.c.
 
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 
@@ -23,7 +24,10 @@ constexpr range pages(std::uintptr_t first, std::uintptr_t n) { return {at(first
 /// An address space with one area of `n` pages, page i holding 1000 + i, and a device that mirrors it.
 struct mirrored {
   static constexpr std::uintptr_t n = 64;
-  dmirror::primary_type primary{2048, 64, 128};
+  // On the heap: ThreadSanitizer does not see the end of a std::shared_mutex on the stack, and takes the next object's
+  // there for the same one when it looks at the order of locks.
+  const std::unique_ptr<dmirror::primary_type> owned = std::make_unique<dmirror::primary_type>(2048, 64, 128);
+  dmirror::primary_type& primary = *owned;
   dmirror device{primary};
 
   mirrored() {

@@ -7,6 +7,7 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -38,8 +39,11 @@ struct device_memory : mirrored {
 
 /// A second address space over the same memory, to fork into.
 struct child_of {
-  dmirror::primary_type primary;
-  explicit child_of(mirrored& m) : primary(m.primary.memory()) { CHECK(m.primary.fork(primary) == errc::ok); }
+  const std::unique_ptr<dmirror::primary_type> owned;  // see hmm::mirrored
+  dmirror::primary_type& primary = *owned;
+  explicit child_of(mirrored& m) : owned(std::make_unique<dmirror::primary_type>(m.primary.memory())) {
+    CHECK(m.primary.fork(primary) == errc::ok);
+  }
   ~child_of() { CHECK(primary.exit() == errc::ok); }
   std::uint64_t get(std::uintptr_t page) {
     std::uint64_t value = 0;
@@ -135,7 +139,7 @@ TEST_CASE("migrate_multiple, migrate_mixed: pages in many pieces, with holes and
   REQUIRE(m.primary.protect(pages(10, 1), protection::read) == errc::ok);
   REQUIRE(m.migrate(2, 1) == errc::ok);
   REQUIRE(m.migrate(0, 16) == errc::ok);
-  for (const std::uintptr_t i : {0, 1, 2, 3, 4, 7, 9, 10, 11, 15}) {
+  for (const std::uintptr_t i : std::array<std::uintptr_t, 10>{0, 1, 2, 3, 4, 7, 9, 10, 11, 15}) {
     CHECK(m.on_device(i));
     CHECK(m.seen(i) == 1000 + i);
   }
@@ -295,7 +299,7 @@ TEST_CASE("exclusive: an increment of the device is never lost to the processor'
       if (n % 4 == 0) wrong.fetch_add(m.primary.migrate(pages(0, 1)) == errc::ok ? 0 : 1);  // another frame
     }
   });
-  for (unsigned i = 0; i < 25; ++i) {
+  for (unsigned i = 0; i < 10; ++i) {
     wrong.fetch_add(m.exclusive(0, 1) == errc::ok ? 0 : 1);
     for (const std::uint64_t then = by_processor.load(); by_processor.load() < then + 6; ++by_device) {
       std::this_thread::yield();
@@ -321,7 +325,7 @@ TEST_CASE("migrate: the device's pages go to and fro under the processor's hands
     }
   });
   std::array<std::uint64_t, 8> expected{};
-  for (std::uint64_t k = 1; k < 2000; ++k) {
+  for (std::uint64_t k = 1; k < 400; ++k) {
     const std::uintptr_t i = k % 8;
     if (k % 3 == 0) {
       m.put(i, expected[i] = k);
@@ -331,7 +335,7 @@ TEST_CASE("migrate: the device's pages go to and fro under the processor's hands
       wrong.fetch_add(m.get(i) == expected[i] ? 0 : 1);
       wrong.fetch_add(m.seen(i) == expected[i] ? 0 : 1);
     }
-    if (k % 100 == 0) {
+    if (k % 50 == 0) {
       for (const unsigned then = rounds.load(); rounds.load() == then;) std::this_thread::yield();
     }
   }

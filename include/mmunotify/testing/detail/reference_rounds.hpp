@@ -140,13 +140,15 @@ class reference_rounds {
     moving_.store(false, std::memory_order_release);  // (rr2) pairs with (rr1)
   }
 
-  /// Everything is shared with a child, which goes at once: until then, and for pages written meanwhile, each store is a
-  /// copy on write, in place.
+  /// Everything is shared with a child, which goes at once: until then, and for pages written meanwhile, each store is
+  /// a copy on write, in place.
   void fork_a_child() noexcept {
-    reference_mmu<test_space> child(primary_.mmu.memory());
-    static_cast<void>(primary_.mmu.fork(child));
+    using primary = reference_mmu<test_space>;
+    const std::unique_ptr<primary> child(new (std::nothrow) primary(primary_.mmu.memory()));
+    if (child == nullptr) return;
+    static_cast<void>(primary_.mmu.fork(*child));
     std::this_thread::yield();
-    static_cast<void>(child.exit());
+    static_cast<void>(child->exit());
   }
 
   /// All is quiet: every page must be found, by the device and by the primary.
