@@ -178,3 +178,37 @@ TEST_CASE("O1: random rounds alone find what scenarios find") {
   MIRROR_RANDOM(remembers_four_brackets, "O1");
   GPU_RANDOM(one_token_for_all, "O3");
 }
+
+TEST_CASE("a failure of one thread is the same when its seed is run again") {
+  const testing::options one_thread{.seed = 77, .rounds = 20, .threads = 0, .scenarios = false};
+  const testing::report first = examine<adapters::mirror>(one_thread, mistake::snapshot_too_late);
+  REQUIRE_FALSE(first.ok());
+  const testing::failure found = first.failures()[0];
+  testing::options again = one_thread;
+  again.seed = found.seed;
+  again.rounds = 1;
+  const testing::report second = examine<adapters::mirror>(again, mistake::snapshot_too_late);
+  REQUIRE_FALSE(second.ok());
+  CHECK(std::string(second.failures()[0].sentence) == found.sentence);
+  CHECK(second.failures()[0].seed == found.seed);
+}
+
+TEST_CASE("options leave parts out, and the contract handler is given back") {
+  static int handled = 0;
+  const contract_handler before = set_contract_handler([](const contract_violation&) noexcept { handled += 1; });
+  const testing::report rounds = examine<adapters::mirror>({.rounds = 3, .threads = 0, .scenarios = false});
+  CHECK(rounds.ok());
+  CHECK(rounds.ran() == 3);
+  const testing::report threads =
+      examine<adapters::mirror>({.rounds = 2, .threads = 1, .scenarios = false, .reference = false});
+  CHECK(threads.ok());
+  CHECK(threads.ran() == 4);
+  const testing::report timed =
+      examine<adapters::mirror>({.rounds = 0, .threads = 0, .seconds = 0.001, .scenarios = false});
+  CHECK(timed.ok());
+  CHECK_FALSE(examine<adapters::mirror>(scenarios_alone, mistake::locks_twice).ok());
+  CHECK(handled == 0);
+  detail::violated("L7", "here", "this one is not the kit's");
+  CHECK(handled == 1);
+  static_cast<void>(set_contract_handler(before));
+}

@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
+#include <new>
 #include <thread>
 
 #include <mmunotify/notifier/invalidation_window.hpp>
@@ -148,7 +149,7 @@ class mirror {
     if (is(mistake::refuses_without_reason) && !i.blockable) return refused(i);
     while (i.blockable && busy_.load() != 0) std::this_thread::yield();
     if (is(mistake::pins_in_a_callback)) pin_in_callback();
-    if (is(mistake::allocates_in_a_callback)) delete new int;
+    if (is(mistake::allocates_in_a_callback)) ::operator delete(::operator new(sizeof(int)));
     if (is(mistake::zaps_before_it_records)) {
       {
         const std::lock_guard locked{lock_};
