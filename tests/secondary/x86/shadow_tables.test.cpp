@@ -20,7 +20,7 @@ struct fixture {
   x86::flush_gate gate;
   x86::memslots slots{gate.domain()};
   x86::mmu_counters counters;
-  x86::mmu_window window;
+  x86::mmu_window window, zapping;
   shadow_tables tables;
   x86::fault_stock stock;
 
@@ -30,10 +30,8 @@ struct fixture {
   }
   void refill() { REQUIRE(stock.fill() == errc::ok); }
   shadow_page& table(std::uint64_t frame, std::uint8_t level = 1) {
-    page_role r;
-    r.level = level;
     refill();
-    return tables.get({frame}, r, stock);
+    return tables.get({frame}, page_role().with_level(level), stock);
   }
   void map(shadow_page& p, unsigned i, std::uint64_t frame, std::uint8_t bits = 7) {
     refill();
@@ -45,7 +43,7 @@ struct fixture {
   }
   const char* verify() {
     tables.commit();
-    return x86::table_check(tables, window).run(4);
+    return x86::table_check(tables, window, zapping).run(4);
   }
   std::uint64_t flushes() { return counters.read().flushes; }
 };
@@ -129,8 +127,7 @@ TEST_CASE("a leaf that loses rights or changes its frame is flushed, one that ga
 TEST_CASE("a written table loses exactly the shadows of the written entries") {
   fixture f;
   shadow_page& a = f.table(40);
-  page_role weaker = a.role;
-  weaker.access = rights{rights::user_bit};
+  const page_role weaker = a.role.with_access(rights{rights::user_bit});
   shadow_page& b = f.tables.get({40}, weaker, f.stock);
   for (unsigned i = 0; i < 6; ++i) {
     f.map(a, i, i);
@@ -195,27 +192,4 @@ TEST_CASE("what was taken down is used again, and only after a flush") {
   CHECK(&again == a);
   CHECK(again.parents.empty());
   empty.pages.push(again);
-}
-
-TEST_CASE("accessed bits are tested, cleared, and flushed when asked") {
-  fixture f;
-  shadow_page& a = f.table(40);
-  f.map(a, 1, 7);
-  f.map(a, 2, 8);
-  using ageing = shadow_tables::ageing;
-  CHECK_FALSE(f.tables.young(host_pages(0, 64), ageing::test));
-  a.update(1, a.load(1), a.load(1).with(shadow_entry::accessed_bit));
-  CHECK(f.tables.young(host_pages(7, 8), ageing::test));
-  CHECK_FALSE(f.tables.young(host_pages(8, 9), ageing::test));
-  CHECK(f.tables.young(host_pages(0, 64), ageing::clear));
-  f.tables.commit();
-  CHECK(f.flushes() == 0);
-  CHECK_FALSE(f.tables.young(host_pages(0, 64), ageing::clear_and_flush));
-  f.tables.commit();
-  CHECK(f.flushes() == 0);
-  a.update(1, a.load(1), a.load(1).with(shadow_entry::accessed_bit));
-  CHECK(f.tables.young(host_pages(0, 64), ageing::clear_and_flush));
-  f.tables.commit();
-  CHECK(f.flushes() == 1);
-  CHECK(a.load(1).present());
 }
