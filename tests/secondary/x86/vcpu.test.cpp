@@ -263,6 +263,29 @@ TEST_CASE("control registers have their checks and their effects") {
   CHECK(f.mmu.verify() == nullptr);
 }
 
+TEST_CASE("switching among a few address spaces takes no fault, and a root is good for its own role alone") {
+  fixture f;
+  std::array<std::uint64_t, 3> tops{f.root, f.new_table(), f.new_table()};
+  for (std::uint64_t i = 0; i < tops.size(); ++i) {
+    f.root = tops[i];
+    f.map(va, {(5 + i) * page_size}, pte::present | pte::user | used);
+  }
+  for (int round = 0; round < 3; ++round) {
+    for (std::uint64_t i = 0; i < tops.size(); ++i) {
+      CHECK(f.cpu.set_cr3(tops[i]) == errc::ok);
+      CHECK(touch(f.cpu, va, access::read).at == f.now({(5 + i) * page_size}));
+    }
+  }
+  CHECK(f.mmu.statistics().faults == 3);
+  CHECK(f.mmu.statistics().roots_reused == 6);
+  f.cpu.set_wp(false);  // another root from now on
+  CHECK(f.does(access::write) == outcome::done);
+  f.cpu.set_wp(true);
+  CHECK_FALSE(f.cpu.hits(va, access::write));
+  CHECK(f.fault_bits(access::write) == (fault_code::present | fault_code::write));
+  CHECK(f.mmu.verify() == nullptr);
+}
+
 TEST_CASE("a vCPU whose root was taken away finds a new one") {
   fixture f;
   f.map(va, page);

@@ -206,7 +206,10 @@ class vcpu {
   /// Effects: the compare-exchange, and the mark in the dirty log of what it made writable: after it (dirty_log.hpp).
   bool update(shadow_page& p, unsigned i, shadow_entry e, shadow_entry wanted, bool upgrade) noexcept {
     constexpr bool early = detail::mutated(detail::mutation::mark_before_upgrade);
-    if (early && upgrade) mark_written(p, i);
+    if (early && upgrade) {
+      mark_written(p, i);
+      std::this_thread::yield();
+    }
     if (!p.update(i, e, wanted)) return false;
     if (upgrade) {
       mmu_.counters().add(mmu_counters::fast_writes);
