@@ -169,7 +169,7 @@ class vcpu {
       const shadow_entry e = p->load(i);
       if (e.is_mmio()) return use_mmio(e, a, how);
       if (!e.present()) break;
-      if (e.is_leaf()) return use_leaf(*p, i, e, a, how) ? outcome{} : outcome{.what = outcome::again};
+      if (e.is_leaf()) return use_leaf(*p, i, level, a, how) ? outcome{} : outcome{.what = outcome::again};
       p = e.child();
     }
     return {.what = outcome::again};
@@ -182,9 +182,12 @@ class vcpu {
     return {.what = outcome::not_mapped, .address = base_of(e.mmio_frame()) + a.offset()};
   }
 
-  bool use_leaf(shadow_page& p, unsigned i, shadow_entry e, gva a, x86::access how) noexcept {
+  /// Precondition: entry i of p, a page of this level, was a leaf.
+  bool use_leaf(shadow_page& p, unsigned i, unsigned level, gva a, x86::access how) noexcept {
     const std::uint64_t used = shadow_entry::accessed_bit | (is_write(how) ? shadow_entry::dirty_bit : 0);
+    shadow_entry e;
     while (true) {
+      e = p.load(i);
       if (!e.present() || !e.is_leaf()) return false;
       const bool upgrade = is_write(how) && e.may_write() && !e.allows().writable();
       const shadow_entry wanted = e.with(used | (upgrade ? shadow_entry::write_bit : 0));
@@ -194,10 +197,9 @@ class vcpu {
         e = wanted;
         break;
       }
-      e = p.load(i);
     }
     // Writes before the dirty bit is set must come here again.
-    const std::uint64_t inside = (a.value >> page_shift) & (frames_at(p.role.level()) - 1);
+    const std::uint64_t inside = (a.value >> page_shift) & (frames_at(level) - 1);
     tlb_.insert(a, mmu_.provider().data(e.frame() + inside), changed(e.allows(), 0, e.dirty() ? 0 : rights::write_bit),
                 e.guest_user());
     return true;
