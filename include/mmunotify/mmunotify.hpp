@@ -11,6 +11,7 @@
 #include <mmunotify/base/invalidation.hpp>
 #include <mmunotify/base/range.hpp>
 #include <mmunotify/base/result.hpp>
+#include <mmunotify/base/young_batch.hpp>
 
 #include <mmunotify/sync/lockfree_hlist.hpp>
 #include <mmunotify/sync/rcu.hpp>
@@ -24,6 +25,7 @@
 #include <mmunotify/notifier/disabled.hpp>
 #include <mmunotify/notifier/invalidation_window.hpp>
 #include <mmunotify/notifier/keyed.hpp>
+#include <mmunotify/notifier/shared_subscription.hpp>
 #include <mmunotify/notifier/subscription.hpp>
 
 #include <mmunotify/primary/reference_mmu.hpp>

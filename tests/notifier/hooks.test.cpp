@@ -4,6 +4,7 @@
 #include <doctest/doctest.h>
 
 #include <mmunotify/base/address.hpp>
+#include <mmunotify/notifier/detail/operations.hpp>
 
 using namespace mmunotify;
 
@@ -39,6 +40,26 @@ struct overloaded {
   void release() {}
   void release(int) {}
 };
+struct two_passes {
+  first_pass invalidate_begin(const invalidation&) { return first_pass::complete(); }
+  void invalidate_finish(two_pass_token&, const invalidation&) {}
+};
+struct begins_only {
+  first_pass invalidate_begin(const invalidation&) { return first_pass::complete(); }
+};
+struct device_tlb {
+  void invalidate_secondary_tlbs(mmunotify::range) {}
+};
+struct only_existing {
+  void existing_range(mmunotify::range) {}
+};
+struct derived : invalidation {
+  int more = 7;
+};
+struct of_derived {
+  int seen = 0;
+  void invalidate_range_start(const derived& i) { seen = i.more; }
+};
 struct by_frame {
   void invalidate_range_end(const basic_invalidation<gfn>&) {}
 };
@@ -47,6 +68,11 @@ static_assert(secondary_mmu<only_release> && secondary_mmu<everything> && second
 static_assert(!secondary_mmu<nothing> && !secondary_mmu<wrong_signature> && !secondary_mmu<int>);
 static_assert(secondary_mmu<by_frame, gfn> && !secondary_mmu<by_frame>);
 static_assert(has_refusing_start<refusing> && !has_start<refusing>);
+static_assert(secondary_mmu<two_passes> && has_begin<two_passes>);
+static_assert(!secondary_mmu<begins_only> && detail::names_invalidate_begin<begins_only>());
+static_assert(secondary_mmu<device_tlb> && has_invalidate_secondary_tlbs<device_tlb>);
+static_assert(!secondary_mmu<only_existing>);  // nothing would ever call it
+static_assert(has_start<of_derived, std::uintptr_t, derived> && !has_start<of_derived>);
 
 // What the static_asserts of a subscriber look at: a hook of the right name and the wrong signature is found.
 static_assert(detail::names_invalidate_range_start<wrong_signature>());
@@ -67,8 +93,9 @@ TEST_CASE("an absent hook is a null pointer, a present one calls the client") {
 
   constexpr const auto& all = detail::operations_for<everything, std::uintptr_t>;
   everything e;
-  CHECK(all.start(&e, {{0, 1}}));
-  CHECK(e.starts == 1);
+  all.start(&e, {{0, 1}});
+  CHECK(all.try_start(&e, {{0, 1}}));
+  CHECK(e.starts == 2);
   CHECK(all.clear_flush_young(&e, {0, 1}));
   CHECK(all.clear_young(&e, {0, 1}));
   CHECK_FALSE(all.test_young(&e, {0, 1}));
@@ -77,6 +104,14 @@ TEST_CASE("an absent hook is a null pointer, a present one calls the client") {
 TEST_CASE("P3: a start that returns bool refuses, one that returns void cannot") {
   refusing r;
   constexpr const auto& o = detail::operations_for<refusing, std::uintptr_t>;
-  CHECK(o.start(&r, {{0, 1}}));
-  CHECK_FALSE(o.start(&r, {{0, 1}, event::unmap, nullptr, false}));
+  CHECK(o.try_start(&r, {{0, 1}}));
+  CHECK_FALSE(o.try_start(&r, {{0, 1}, event::unmap, nullptr, false}));
+}
+
+TEST_CASE("a table can be made for a derived invalidation, which the hook then gets") {
+  of_derived client;
+  constexpr const auto& o = detail::operations_for<of_derived, std::uintptr_t, derived>;
+  const derived i{};
+  CHECK(o.try_start(&client, i));
+  CHECK(client.seen == 7);
 }

@@ -8,6 +8,7 @@
 // compare and differ with their own kind, move by byte counts, and convert only by name.
 
 #include <compare>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -70,6 +71,21 @@ template <class Space>
 constexpr address<Space> base_of(frame_number<Space> f) noexcept {
   return {f.value << page_shift};
 }
+
+/// Keys whose pages can be told apart: numbers of bytes, strong addresses, frame numbers.
+template <class Key>
+concept byte_key = (std::unsigned_integral<Key> && sizeof(Key) >= 4) || requires(Key k) {
+  { k.page() } -> std::same_as<Key>;
+};
+template <class Key>
+concept paged_key = byte_key<Key> || requires(Key k, std::uint64_t n) {
+  { k + n } -> std::same_as<Key>;
+  { k - k } -> std::same_as<std::uint64_t>;
+};
+
+/// One page, in the key's unit.
+template <paged_key Key>
+inline constexpr std::uint64_t page_of_keys = byte_key<Key> ? page_size : 1;
 
 MMUNOTIFY_END_NAMESPACE
 

@@ -23,6 +23,9 @@ enum class event : std::uint8_t {
 
 inline constexpr unsigned event_count = 8;
 
+/// Events that have an initiator: it does not have to be told of what it does itself.
+constexpr bool has_owner(event e) noexcept { return e == event::migrate || e == event::exclusive; }
+
 /// The event's name in lower case, as in the enumeration.
 constexpr const char* to_string(event e) noexcept {
   constexpr const char* names[event_count] = {"unmap",      "clear",   "protection_vma", "protection_page",
@@ -44,6 +47,10 @@ class event_set {
     return s;
   }
   constexpr bool contains(event e) const noexcept { return (bits_ & bit(e)) != 0; }
+  friend constexpr event_set operator&(event_set a, event_set b) noexcept {
+    a.bits_ = static_cast<std::uint8_t>(a.bits_ & b.bits_);
+    return a;
+  }
   friend constexpr bool operator==(event_set, event_set) = default;
 
  private:

@@ -21,6 +21,7 @@
 
 #include <concepts>
 #include <cstdint>
+#include <span>
 #include <type_traits>
 #include <utility>
 
@@ -66,11 +67,6 @@ inline constexpr bool is_under = false;
 template <class Mutex>
 inline constexpr bool is_under<arming::under<Mutex>> = true;
 
-/// The page of an address: keys that are numbers of bytes, and strong addresses.
-template <class Key>
-concept byte_key = (std::unsigned_integral<Key> && sizeof(Key) >= 4) || requires(Key k) {
-  { k.page() } -> std::same_as<Key>;
-};
 template <byte_key Key>
 constexpr basic_range<Key> page_at(Key k) noexcept {
   // The last page of the key space ends at its last key: a half-open range cannot say more.
@@ -124,7 +120,7 @@ class address_space {
 
   /// Effects: the bracket of the page that holds the address.
   [[gnu::always_inline]] bracket_type invalidate_page(key address, event e, const void* owner = nullptr) noexcept
-    requires detail::byte_key<key>
+    requires byte_key<key>
   {
     return invalidate(detail::page_at(address), e, owner);
   }
@@ -150,23 +146,58 @@ class address_space {
   }
 
   /// The plain calls, for code that cannot use a scope. Precondition: invalidate_range_end gets the ticket of its
-  /// start, in the same thread, exactly once. i.blockable is taken as true.
+  /// start, in the same thread, exactly once. i.blockable is taken as true, i.in_place as false.
   [[nodiscard, gnu::always_inline]] ticket invalidate_range_start(const invalidation_type& i) noexcept {
     return gate_.start(i.range, i.event, i.owner);
   }
   [[gnu::always_inline]] void invalidate_range_end(ticket t) noexcept { gate_.end(t); }
 
+  /// Effects: a bracket in which translations are replaced, one for one: a page becomes another with the same contents,
+  /// or is writable from now on. Tell each new one with change_entry before the bracket ends, and free the old page
+  /// after. Clients that have change_entry keep their mappings and only let nobody fault; the others let go.
+  [[gnu::always_inline]] bracket_type invalidate_in_place(range_type r, event e, const void* owner = nullptr) noexcept {
+    return {typename bracket_type::in_place{}, gate_, r, e, owner};
+  }
+  /// Effects: clients map change.range to change.frame instead. Returns when none uses the old translation any more.
+  /// Precondition (O1): inside a bracket of this thread that invalidate_in_place opened and that covers the range (that
+  /// a bracket is open is checked in checked builds). Context: may sleep.
+  [[gnu::always_inline]] void change_entry(const basic_entry_change<key>& change) noexcept {
+    if (armed()) [[unlikely]]
+      change_entry_armed(*this, change);
+  }
+
+  /// Effects: devices that walk the primary's own tables forget what they cached of the range; up to the last key means
+  /// everything. Progress: takes no lock and waits for nobody (O4). Context: also under page-table locks.
+  [[gnu::always_inline]] void invalidate_secondary_tlbs(range_type r) noexcept {
+    if (armed()) [[unlikely]]
+      invalidate_secondary_tlbs_armed(*this, r.first, r.last);
+  }
+
   /// Effects: tests and clears "accessed" in every secondary MMU, and flushes. Returns: true if any had it. Asks all.
   [[gnu::always_inline]] bool clear_flush_young(range_type r) noexcept {
-    return gate_.template ask_young<false>(&detail::operations<key>::clear_flush_young, r);
+    return ask_young<false>(&detail::operations<key>::clear_flush_young, r);
   }
   /// Effects: the same without a flush.
   [[gnu::always_inline]] bool clear_young(range_type r) noexcept {
-    return gate_.template ask_young<false>(&detail::operations<key>::clear_young, r);
+    return ask_young<false>(&detail::operations<key>::clear_young, r);
   }
   /// Returns: true if any secondary MMU has accessed the range; stops at the first that says so.
   [[gnu::always_inline]] bool test_young(range_type r) noexcept {
-    return gate_.template ask_young<true>(&detail::operations<key>::test_young, r);
+    return ask_young<true>(&detail::operations<key>::test_young, r);
+  }
+  /// Effects: sets the bits of the pages of the range that a secondary MMU has accessed, and leaves the others: bit
+  /// n % 64 of word n / 64 for page n. With `clear`, "accessed" is cleared as well, without a flush. Returns: bad_range
+  /// if the range is empty or not whole pages, or has more of them than there are bits; then nothing has happened.
+  errc young_pages(range_type r, std::span<std::uint64_t> bits, bool clear) noexcept
+    requires paged_key<key>
+  {
+    if (r.last < r.first || !basic_young_batch<key>::fits(r, bits)) return errc::bad_range;
+    gate_.ask([&](auto& audience, auto& observer) {
+      basic_young_batch<key> batch(r, bits, clear);
+      audience.ask_young_pages(batch, observer);
+      return true;
+    });
+    return errc::ok;
   }
 
   /// Effects: the address space dies. Every subscriber's release hook runs, once (L4); nobody can register any more.
@@ -175,44 +206,131 @@ class address_space {
   /// Calling it again is harmless. Progress: blocking. Context: without locks that callbacks take.
   errc release() noexcept { return gate_.release(); }
 
+  /// Effects: returns when every unregister_async() that was called before is over and its done() has returned (L8);
+  /// also those behind shared subscriptions. Returns: would_deadlock inside a callback, an open bracket or a done()
+  /// (L7). Progress: blocking.
+  errc barrier() noexcept { return gate_.barrier(); }
+
   // --- For secondary MMUs. ----------------------------------------------------------------------------------------
 
   /// Effects: brackets that start from now on call the subscriber. `held` is the witness that the caller excludes every
   /// bracket: a lock that owns the primary's mutex exclusively. O(1); allocates when the space becomes armed.
-  /// Returns: ok; already_registered, released, lock_not_held, no_memory, no_slot, bracket_open (checked builds): then
-  /// nothing has changed. Context: may be called inside callbacks of other spaces.
+  /// Returns: ok; already_registered, released, lock_not_held, no_memory, no_slot, bad_range (an empty or reversed one
+  /// in its filter), bracket_open (checked builds): then nothing has changed. Context: may be called inside callbacks
+  /// of other spaces.
   template <class Client, class Lock>
     requires detail::is_under<Arming>
   errc register_subscriber(subscriber<Client, key>& node, const Lock& held) noexcept {
+    return register_subscriber(node, held, [](const basic_range_visitor<key>&) noexcept {});
+  }
+  /// The same, and hands the client what is mapped already, atomically: existing(visit) is called once, while no
+  /// bracket is in flight, and calls visit(range) for each range that the primary has. The client's existing_range gets
+  /// what its filter lets through, clipped; brackets call it for everything that changes afterwards.
+  template <class Client, class Lock, std::invocable<basic_range_visitor<key>> Existing>
+    requires detail::is_under<Arming>
+  errc register_subscriber(subscriber<Client, key>& node, const Lock& held, Existing&& existing) noexcept {
     static_assert(
         exclusive_lock_of<Lock, typename Arming::mutex>,
         "mmunotify: register_subscriber needs a std::unique_lock, lock_guard or scoped_lock of the very mutex "
         "type that arming::under names: a shared lock does not exclude brackets");
     if (!detail::owns(held)) return errc::lock_not_held;
-    return gate_.join(node, this);
+    return gate_.join(node, this, existing);
   }
 
   /// Effects: as above for arming::tracked; waits for one grace period. Returns: also would_deadlock (L7).
   template <class Client>
     requires std::same_as<Arming, arming::tracked>
   errc register_subscriber(subscriber<Client, key>& node) noexcept {
-    return gate_.join(node, this);
+    return gate_.join(node, this, [](const basic_range_visitor<key>&) noexcept {});
+  }
+  /// The same with what exists. Brackets may run beside existing(), and they call the client: what it is handed may be
+  /// gone as soon as a bracket of its says so, and what comes later it has to fault in, like everybody.
+  template <class Client, std::invocable<basic_range_visitor<key>> Existing>
+    requires std::same_as<Arming, arming::tracked>
+  errc register_subscriber(subscriber<Client, key>& node, Existing&& existing) noexcept {
+    return gate_.join(node, this, existing);
   }
 
   /// Effects: runs the release hook if nobody has, then removes the subscriber; its brackets in flight get their end
   /// first (P2). Returns: ok, and no callback of it is running or will run (L1); not_registered; would_deadlock inside
-  /// a callback or an open bracket of this space (L7). Legal before, during and after release() (L5). Progress:
-  /// blocking, two grace periods. Context: without locks that callbacks take.
+  /// a callback or an open bracket of this space, or for a node that leaves by unregister_async, inside a done() (L7).
+  /// Legal before, during and after release() (L5). Progress: blocking, two grace periods. Context: without locks that
+  /// callbacks take.
   errc unregister(basic_subscriber<key>& node) noexcept { return gate_.leave(node, this); }
+
+  /// What unregister_async calls when the node is free: it may register it anew, or destroy it and its client. In the
+  /// worker of the library, outside of all sections; may sleep.
+  using done_hook = typename gate::done_hook;
+
+  /// Effects: the same without waiting: the worker runs the release hook, waits, and calls done(node) if it is not null
+  /// (before the call returns, if the space's release() is done with the node already). Until then the node is called.
+  /// Returns: ok; not_registered, also if another call removes it. Progress: never waits. Context: anywhere, also in
+  /// callbacks and brackets of this space (L7). Before the space goes: barrier().
+  errc unregister_async(basic_subscriber<key>& node, done_hook done = nullptr) noexcept {
+    return gate_.leave_async(node, this, done);
+  }
 
   observer_type& observer() noexcept { return gate_.observer(); }
 
  private:
+  template <class, class>
+  friend class shared_subscription;
+
+  basic_subscriber<key>* find_shared(const detail::operations<key>& table, std::uint64_t number) noexcept {
+    return gate_.ask([&table, number](auto& audience, auto&) { return audience.find_shared(table, number); });
+  }
+  /// Returns: what keeps two from making one client. Where registration has a witness, that does it already.
+  auto sharing(errc& e) noexcept { return gate_.sharing(e); }
+
   /// The closure comes first, so that a small one travels in registers and never needs a place on the stack.
   template <class F>
   MMUNOTIFY_COLD static decltype(auto) bracketed_armed(F f, address_space& space, key first, key last, event e) {
     const bracket_type b = space.invalidate({first, last}, e);
     return f();
+  }
+
+  template <bool FirstYes>
+  [[gnu::always_inline]] bool ask_young(detail::young_hook<key> hook, range_type r) noexcept {
+    if (!armed()) [[likely]]
+      return false;
+    return ask_young_armed<FirstYes>(*this, hook, r.first, r.last);
+  }
+
+  // What the calls do when somebody listens. Static, with values that travel in registers, for the callers' sake.
+
+  template <bool FirstYes>
+  MMUNOTIFY_COLD static bool ask_young_armed(address_space& space, detail::young_hook<key> hook, key first,
+                                             key last) noexcept {
+    return young_walk<FirstYes>(space, hook, first, last);
+  }
+  template <bool FirstYes>
+  MMUNOTIFY_ARMED static bool young_walk(address_space& space, detail::young_hook<key> hook, key first,
+                                         key last) noexcept {
+    const range_type r{first, last};
+    return detail::is_valid(r) && space.gate_.ask([&](auto& audience, auto& observer) {
+      return audience.template ask_young<FirstYes>(hook, r, observer);
+    });
+  }
+  MMUNOTIFY_COLD static void invalidate_secondary_tlbs_armed(address_space& space, key first, key last) noexcept {
+    tlb_walk(space, first, last);
+  }
+  MMUNOTIFY_ARMED static void tlb_walk(address_space& space, key first, key last) noexcept {
+    const range_type r{first, last};
+    if (!detail::is_valid(r)) return;
+    space.gate_.ask([&](auto& audience, auto& observer) __attribute__((always_inline)) {
+      audience.invalidate_secondary_tlbs(r, observer);
+      return true;
+    });
+  }
+  MMUNOTIFY_COLD static void change_entry_armed(address_space& space, const basic_entry_change<key>& change) noexcept {
+    if (MMUNOTIFY_CHECKED && !space.gate_.held_by_this_thread()) {
+      return detail::violated("O1", "address_space::change_entry", "called outside of a bracket of this thread");
+    }
+    if (!detail::is_valid(change.range)) return;
+    space.gate_.ask([&](auto& audience, auto& observer) {
+      audience.change_entry(change, observer);
+      return true;
+    });
   }
 
   [[no_unique_address]] gate gate_;

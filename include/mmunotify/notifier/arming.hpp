@@ -59,18 +59,19 @@ bool owns(const Lock& lock) noexcept {
 
 /// What an armed bracket remembers from its start to its end; in a cell of its thread, so that the caller keeps one
 /// word in a register and nothing on its stack.
-template <address_key Key>
+template <address_key Key, class Platform>
 struct open_bracket {
   basic_invalidation<Key> i;
-  registry<Key>* audience;
-  std::uint64_t version;
+  registry<Key, Platform>* audience;
+  std::uint64_t version;  ///< 0: nobody is called at the end
+  void* intervals;        ///< what the intervals remember of it
 };
-static_assert(sizeof(open_bracket<std::uint64_t>) <= sizeof(thread_cells<linux_platform::cells>::cell));
+static_assert(sizeof(open_bracket<std::uint64_t, linux_platform>) <= sizeof(thread_cells<linux_platform::cells>::cell));
 
 /// Returns: false, after saying so, if the bracket is not open, or not one of this registry and thread. (Checked
 /// builds; whether it was ended before is looked at always.)
-template <address_key Key>
-[[gnu::always_inline]] inline bool is_open(const open_bracket<Key>& b) noexcept {
+template <address_key Key, class Platform>
+[[gnu::always_inline]] inline bool is_open(const open_bracket<Key, Platform>& b) noexcept {
   const bool open = b.audience != nullptr && (!MMUNOTIFY_CHECKED || b.audience->domain().held_by_this_thread());
   if (!open) [[unlikely]] {
     violated("P2", "address_space::invalidate_range_end", "the bracket has ended before, or is another thread's");
@@ -80,27 +81,45 @@ template <address_key Key>
 
 /// Precondition: inside the registry's section, whose begin returned the slab. Never null: a thread that opens more
 /// brackets than it has cells is reported, and ends.
-template <address_key Key>
-[[gnu::always_inline]] inline open_bracket<Key>* make_bracket(registry<Key>& r, std::byte* slab) noexcept {
+template <address_key Key, class Platform>
+[[gnu::always_inline]] inline open_bracket<Key, Platform>* make_bracket(registry<Key, Platform>& r,
+                                                                        std::byte* slab) noexcept {
   void* const cell = r.domain().cells(slab).take();
   if (cell == nullptr) [[unlikely]] {
     violated("P5", "address_space::invalidate", "one thread has %zu brackets open, and cannot have more",
-             linux_platform::cells);
+             std::size_t{Platform::cells});
     std::abort();
   }
-  auto* const b = new (cell) open_bracket<Key>;
+  auto* const b = new (cell) open_bracket<Key, Platform>;
   b->audience = &r;
   b->version = r.version();
+  b->intervals = nullptr;
   return b;
 }
 
-/// Registries that serve no space at the moment. They are never given back to the system (see above).
+/// How a bracket starts.
+enum class manner : std::uint8_t {
+  blocking,
+  nonblocking,  ///< clients may refuse
+  in_place,     ///< translations are replaced and told by change_entry
+};
+
 template <address_key Key>
+[[gnu::always_inline]] inline void describe(basic_invalidation<Key>& i, basic_range<Key> r, event e, const void* owner,
+                                            manner m) noexcept {
+  i.range = r;
+  i.event = e;
+  i.owner = owner;
+  i.blockable = m != manner::nonblocking;
+  i.in_place = m == manner::in_place;
+}
+
+/// Registries that serve no space at the moment. They are never given back to the system (see above).
+template <address_key Key, class Platform = linux_platform>
 class registry_pool {
  public:
-  struct entry : registry<Key> {
+  struct entry : registry<Key, Platform> {
     entry* next = nullptr;
-    void* gate = nullptr;  ///< the gate that it serves; written while nobody can find it
   };
 
   /// Returns: nullptr if memory is exhausted.
@@ -118,7 +137,7 @@ class registry_pool {
   }
 
  private:
-  static inline constinit std::mutex mutex_{};
+  static inline constinit typename Platform::mutex mutex_{};
   static inline constinit entry* first_ = nullptr;
 };
 

@@ -33,9 +33,12 @@ class [[nodiscard]] bracket {
 
   struct blocking {};
   struct nonblocking {};
+  struct in_place {};
 
   [[gnu::always_inline]] bracket(blocking, Gate& gate, basic_range<Key> r, event e, const void* owner) noexcept
       : gate_(&gate), ticket_(gate.start(r, e, owner)) {}
+  [[gnu::always_inline]] bracket(in_place, Gate& gate, basic_range<Key> r, event e, const void* owner) noexcept
+      : gate_(&gate), ticket_(gate.start_in_place(r, e, owner)) {}
   [[gnu::always_inline]] bracket(nonblocking, Gate& gate, basic_range<Key> r, event e, const void* owner) noexcept
       : gate_(&gate), ticket_(gate.try_start(r, e, owner)) {
     if (ticket_ == Gate::refused()) gate_ = nullptr;

@@ -34,6 +34,9 @@ class address_space<disabled, Options...> {
   static constexpr bool armed() noexcept { return false; }
   static constexpr bracket_type invalidate(range_type, event, const void* = nullptr) noexcept { return {}; }
   static constexpr bracket_type invalidate_page(key, event, const void* = nullptr) noexcept { return {}; }
+  static constexpr bracket_type invalidate_in_place(range_type, event, const void* = nullptr) noexcept { return {}; }
+  static constexpr void change_entry(const basic_entry_change<key>&) noexcept {}
+  static constexpr void invalidate_secondary_tlbs(range_type) noexcept {}
   static constexpr bracket_type try_invalidate(range_type, event, const void* = nullptr) noexcept { return {}; }
   template <std::invocable F>
   [[gnu::always_inline]] static constexpr decltype(auto) bracketed(range_type, event, F f) {
@@ -44,7 +47,9 @@ class address_space<disabled, Options...> {
   static constexpr bool clear_flush_young(range_type) noexcept { return false; }
   static constexpr bool clear_young(range_type) noexcept { return false; }
   static constexpr bool test_young(range_type) noexcept { return false; }
+  static constexpr errc young_pages(range_type, std::span<std::uint64_t>, bool) noexcept { return errc::ok; }
   static constexpr errc release() noexcept { return errc::ok; }
+  static constexpr errc barrier() noexcept { return errc::ok; }
 
   /// Returns: disabled, always. The witness, if any, is not looked at.
   template <class Client, class... Witness>
@@ -53,6 +58,20 @@ class address_space<disabled, Options...> {
   }
   /// Returns: not_registered, always.
   static constexpr errc unregister(basic_subscriber<key>&) noexcept { return errc::not_registered; }
+  using done_hook = void (*)(basic_subscriber<key>&) noexcept;
+  static constexpr errc unregister_async(basic_subscriber<key>&, done_hook = nullptr) noexcept {
+    return errc::not_registered;
+  }
+
+ private:
+  template <class, class>
+  friend class shared_subscription;
+
+  struct nobody {};
+  static constexpr nobody sharing(errc&) noexcept { return {}; }
+  static constexpr basic_subscriber<key>* find_shared(const detail::operations<key>&, std::uint64_t) noexcept {
+    return nullptr;
+  }
 };
 
 MMUNOTIFY_END_NAMESPACE

@@ -12,13 +12,16 @@
 MMUNOTIFY_BEGIN_NAMESPACE
 namespace detail {
 
-template <address_key Key, observe::observer Observer>
+template <address_key Key, observe::observer Observer, class Platform = linux_platform>
 class tracked_gate {
  public:
+  using registry_type = registry<Key, Platform>;
   using node = basic_subscriber<Key>;
 
+  using done_hook = typename registry_type::done_hook;
+
   /// Null: nobody was called.
-  using ticket = open_bracket<Key>*;
+  using ticket = open_bracket<Key, Platform>*;
 
   // --- The hot half. ----------------------------------------------------------------------------------------------
 
@@ -26,11 +29,16 @@ class tracked_gate {
 
   // Dekker: registration links the node, then waits for a grace period; a bracket enters the section, then looks for
   // nodes. Either the bracket sees the node, or the registration waits for the bracket.
+  template <manner M = manner::blocking>
   [[gnu::always_inline]] ticket start(basic_range<Key> r, event e, const void* owner) noexcept {
     std::byte* const slab = registry_.domain().read_lock_unordered();
     if (!armed()) [[likely]]
       return nullptr;
-    return start_armed(slab, r.first, r.last, e, owner);
+    return start_armed<M>(slab, r.first, r.last, e, owner);
+  }
+
+  [[gnu::always_inline]] ticket start_in_place(basic_range<Key> r, event e, const void* owner) noexcept {
+    return start<manner::in_place>(r, e, owner);
   }
 
   [[gnu::always_inline]] void end(ticket t) noexcept {
@@ -53,118 +61,134 @@ class tracked_gate {
   /// A disarmed bracket is a section all the same, and too small to be put out of line.
   static constexpr bool closure_out_of_line = false;
 
-  template <bool FirstYes>
-  bool ask_young(young_hook<Key> hook, basic_range<Key> r) noexcept {
-    if (!armed()) [[likely]]
-      return false;
-    return ask_young_armed<FirstYes>(hook, r);
+  /// Returns: f(registry, observer), called in the section of those who are registered; a default value if nobody is.
+  /// For the armed half of a call.
+  template <class Ask>
+  [[gnu::always_inline]] auto ask(Ask f) noexcept {
+    registry_.domain().read_lock_unordered();
+    const auto a = f(registry_, observer_);
+    registry_.domain().read_unlock_unordered();
+    return a;
   }
 
   // --- The cold half. ---------------------------------------------------------------------------------------------
 
-  MMUNOTIFY_COLD errc join(node& n, const void* home) noexcept {
+  /// existing: see registry::replay.
+  template <class Existing>
+  MMUNOTIFY_COLD errc join(node& n, const void* home, Existing&& existing) noexcept {
     if (const errc e = registry_.domain().status(); e != errc::ok) return e;
-    if (registry_.domain().held_by_this_thread()) {
-      violated("L7", "address_space::register_subscriber",
-               "called inside a callback or an open bracket of the same address space: it would wait for itself");
-      return errc::would_deadlock;
-    }
-    if (const errc e = registry<Key>::claim(n, home); e != errc::ok) return e;
+    if (registry_.would_deadlock("address_space::register_subscriber")) return errc::would_deadlock;
+    if (const errc e = registry_type::claim(n, home); e != errc::ok) return e;
     {
       const std::lock_guard lock(registry_.writers());
       if (released_) {
-        registry<Key>::unclaim(n);
+        registry_type::unclaim(n);
         return errc::released;
       }
       registry_.link_locked(n);
     }
-    registry_.grace_period(observer_);  // P7: every bracket that may have missed the node is over
-    registry_.settle(n, observer_);
+    registry_.grace_period();  // P7: every bracket that may have missed the node is over
+    registry_.replay(n, existing);
+    registry_.settle(n);
     return errc::ok;
   }
 
   MMUNOTIFY_COLD errc leave(node& n, const void* home) noexcept {
-    while (registry<Key>::where(n, home) == &registry_) {
-      const errc e = registry_.leave(
-          n, home, observer_, [] {}, [] {});
-      if (e != errc::again) return e;
+    while (registry_type::where(n, home) == &registry_) {
+      if (const errc e = registry_.leave(n, home); e != errc::again) return e;
     }
-    return registry<Key>::depart(n, home);
+    return registry_type::depart(n, home);
   }
 
+  MMUNOTIFY_COLD errc leave_async(node& n, const void* home, done_hook done) noexcept {
+    while (registry_type::where(n, home) == &registry_) {
+      if (const errc e = registry_.leave_async(n, home, done); e != errc::again) return e;
+    }
+    return registry_type::depart(n, home, done);
+  }
+
+  MMUNOTIFY_COLD errc barrier() noexcept { return registry_.barrier(); }
+
   MMUNOTIFY_COLD errc release() noexcept {
-    if (registry_.release_would_deadlock()) return errc::would_deadlock;
+    if (registry_.would_deadlock("address_space::release")) return errc::would_deadlock;
     {
       const std::lock_guard lock(registry_.writers());
       released_ = true;
       registry_.pin_locked();
     }
-    return registry_.release_all(
-        observer_, [] {}, [] {});
+    return registry_.release_all();
+  }
+
+  /// Returns: true inside a callback or a bracket of this thread.
+  bool held_by_this_thread() noexcept { return registry_.domain().held_by_this_thread(); }
+
+  /// Inside a section it is not taken: its owner may wait for this section.
+  std::unique_lock<typename Platform::mutex> sharing(errc& e) noexcept {
+    if (registry_.domain().held_by_this_thread()) {
+      e = errc::would_deadlock;
+      return {};
+    }
+    return std::unique_lock(sharing_);
   }
 
   Observer& observer() noexcept { return observer_; }
 
  private:
   /// Inside the bracket's section already.
-  [[gnu::always_inline]] open_bracket<Key>* make(std::byte* slab, Key first, Key last, event e, const void* owner,
-                                                 bool blockable) noexcept {
+  [[gnu::always_inline]] open_bracket<Key, Platform>* make(std::byte* slab, Key first, Key last, event e,
+                                                           const void* owner, manner m) noexcept {
     if (!is_valid<Key>({first, last})) [[unlikely]]
       return nullptr;
-    open_bracket<Key>* const b = make_bracket(registry_, slab);
-    b->i.range = {first, last};
-    b->i.event = e;
-    b->i.owner = owner;
-    b->i.blockable = blockable;
+    open_bracket<Key, Platform>* const b = make_bracket(registry_, slab);
+    describe(b->i, {first, last}, e, owner, m);
     return b;
   }
 
   // As in under_gate: cold ends in the primary's code, fast walks behind them.
 
-  MMUNOTIFY_COLD open_bracket<Key>* start_armed(std::byte* slab, Key first, Key last, event e,
-                                                const void* owner) noexcept {
-    return start_walk(slab, first, last, e, owner);
+  template <manner M>
+  MMUNOTIFY_COLD open_bracket<Key, Platform>* start_armed(std::byte* slab, Key first, Key last, event e,
+                                                          const void* owner) noexcept {
+    return start_walk<M>(slab, first, last, e, owner);
   }
-  MMUNOTIFY_COLD void end_armed(open_bracket<Key>* b) noexcept { end_walk(b); }
+  MMUNOTIFY_COLD void end_armed(open_bracket<Key, Platform>* b) noexcept { end_walk(b); }
 
-  MMUNOTIFY_ARMED open_bracket<Key>* start_walk(std::byte* slab, Key first, Key last, event e,
-                                                const void* owner) noexcept {
-    open_bracket<Key>* const b = make(slab, first, last, e, owner, true);
+  template <manner M>
+  MMUNOTIFY_ARMED open_bracket<Key, Platform>* start_walk(std::byte* slab, Key first, Key last, event e,
+                                                          const void* owner) noexcept {
+    open_bracket<Key, Platform>* const b = make(slab, first, last, e, owner, M);
     if (b != nullptr) [[likely]]
-      registry_.call_start(b->i, b->version, observer_);
+      b->version = registry_.call_start(b->i, b->version, b->intervals, observer_);
     return b;
   }
-  MMUNOTIFY_ARMED void end_walk(open_bracket<Key>* b) noexcept {
+  MMUNOTIFY_ARMED void end_walk(open_bracket<Key, Platform>* b) noexcept {
     if (!is_open(*b)) [[unlikely]]
       return;
-    registry_.call_end(b->i, b->version, observer_);
+    registry_.call_end(b->i, b->version, b->intervals, observer_);
     b->audience = nullptr;
     registry_.domain().read_unlock_unordered(b);
   }
 
-  MMUNOTIFY_COLD open_bracket<Key>* try_start_armed(std::byte* slab, Key first, Key last, event e,
-                                                    const void* owner) noexcept {
+  MMUNOTIFY_COLD open_bracket<Key, Platform>* try_start_armed(std::byte* slab, Key first, Key last, event e,
+                                                              const void* owner) noexcept {
     if (last < first) [[unlikely]] {
       static_cast<void>(is_valid<Key>({first, last}));
       return refused();
     }
-    open_bracket<Key>* const b = make(slab, first, last, e, owner, false);
-    if (b == nullptr || registry_.try_call_start(b->i, b->version, observer_)) return b;
+    open_bracket<Key, Platform>* const b = make(slab, first, last, e, owner, manner::nonblocking);
+    if (b == nullptr || registry_.try_call_start(b->i, b->version, b->intervals, observer_)) return b;
     registry_.domain().cells(slab).give_back(b);
     return refused();
   }
 
-  template <bool FirstYes>
-  MMUNOTIFY_COLD bool ask_young_armed(young_hook<Key> hook, basic_range<Key> r) noexcept {
-    if (!is_valid(r)) return false;
-    registry_.domain().read_lock_unordered();
-    const bool young = registry_.template ask_young<FirstYes>(hook, r, observer_);
-    registry_.domain().read_unlock_unordered();
-    return young;
-  }
+  static constexpr gate_hooks<Key, Platform> hooks{nullptr, nullptr,
+                                                   [](void* gate, observe::occurrence what, std::uint64_t n) noexcept {
+                                                     static_cast<tracked_gate*>(gate)->observer_.note(what, n);
+                                                   }};
 
-  registry<Key> registry_;
-  bool released_ = false;  ///< under the writers' mutex
+  registry_type registry_{hooks, this};
+  typename Platform::mutex sharing_;  ///< held while a shared client is made
+  bool released_ = false;             ///< under the writers' mutex
   [[no_unique_address]] Observer observer_;
 };
 

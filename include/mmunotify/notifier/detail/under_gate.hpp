@@ -43,22 +43,26 @@ struct no_switch {
   static constexpr void disable() noexcept {}
 };
 
-template <address_key Key, observe::observer Observer, class Switch = no_switch>
+template <address_key Key, observe::observer Observer, class Switch = no_switch, class Platform = linux_platform>
 class under_gate {
-  using pool = registry_pool<Key>;
+  using pool = registry_pool<Key, Platform>;
   using entry = typename pool::entry;
 
  public:
+  using registry_type = registry<Key, Platform>;
   using node = basic_subscriber<Key>;
+  using done_hook = typename registry_type::done_hook;
   /// Null: nobody was called.
-  using ticket = open_bracket<Key>*;
+  using ticket = open_bracket<Key, Platform>*;
 
   under_gate() = default;
   under_gate(const under_gate&) = delete;
   under_gate& operator=(const under_gate&) = delete;
   ~under_gate() {
-    if (armed()) [[unlikely]]
-      violated("L1", "~address_space", "subscribers are still registered");
+    if (!armed()) [[likely]]
+      return;
+    static_cast<void>(barrier());  // those that leave by themselves
+    if (armed()) violated("L1", "~address_space", "subscribers are still registered");
   }
 
   // --- The hot half. ----------------------------------------------------------------------------------------------
@@ -69,11 +73,16 @@ class under_gate {
     return Switch::maybe() && word_.load(std::memory_order_acquire) > released;
   }
 
+  template <manner M = manner::blocking>
   [[gnu::always_inline]] ticket start(basic_range<Key> r, event e, const void* owner) noexcept {
     open_.add(1);
     if (!armed()) [[likely]]
       return nullptr;
-    return start_armed<true>(r.first, r.last, e, owner);
+    return start_armed<M>(r.first, r.last, e, owner);
+  }
+
+  [[gnu::always_inline]] ticket start_in_place(basic_range<Key> r, event e, const void* owner) noexcept {
+    return start<manner::in_place>(r, e, owner);
   }
 
   [[gnu::always_inline]] void end(ticket t) noexcept {
@@ -87,7 +96,7 @@ class under_gate {
     open_.add(1);
     if (!armed()) [[likely]]
       return nullptr;
-    ticket t = start_armed<false>(r.first, r.last, e, owner);
+    ticket t = start_armed<manner::nonblocking>(r.first, r.last, e, owner);
     if (t == refused()) open_.add(-1);
     return t;
   }
@@ -96,37 +105,56 @@ class under_gate {
   /// The closure form calls its closure bare when disarmed, and has its armed half, closure and all, out of line.
   static constexpr bool closure_out_of_line = MMUNOTIFY_CHECKED == 0;
 
-  template <bool FirstYes>
-  bool ask_young(young_hook<Key> hook, basic_range<Key> r) noexcept {
-    if (!armed()) [[likely]]
-      return false;
-    return ask_young_armed<FirstYes>(hook, r);
+  /// Returns: f(registry, observer), called in the section of those who are registered; a default value if nobody is.
+  /// For the armed half of a call.
+  template <class Ask>
+  [[gnu::always_inline]] auto ask(Ask f) noexcept {
+    using answer = decltype(f(std::declval<registry_type&>(), observer_));
+    entry* const asked = enter().audience;
+    if (asked == nullptr) return answer();
+    const answer a = f(static_cast<registry_type&>(*asked), observer_);
+    asked->domain().read_unlock_unordered();
+    return a;
   }
 
   // --- The cold half. ---------------------------------------------------------------------------------------------
 
   /// Precondition: the caller holds the primary's lock exclusively.
-  MMUNOTIFY_COLD errc join(node& n, const void* home) noexcept {
+  /// existing: see registry::replay.
+  template <class Existing>
+  MMUNOTIFY_COLD errc join(node& n, const void* home, Existing&& existing) noexcept {
     if (open_.any()) {
       violated("P7", "address_space::register_subscriber",
                "a bracket is open although the lock that was shown should exclude it: the primary brackets without its "
                "lock, or this thread registers inside its own bracket");
       return errc::bracket_open;
     }
-    if (const errc e = registry<Key>::claim(n, home); e != errc::ok) return e;
-    const errc e = link(n);
-    if (e != errc::ok) registry<Key>::unclaim(n);
+    if (const errc e = registry_type::claim(n, home); e != errc::ok) return e;
+    const errc e = link(n, existing);
+    if (e != errc::ok) registry_type::unclaim(n);
     return e;
   }
 
   MMUNOTIFY_COLD errc leave(node& n, const void* home) noexcept {
     while (true) {
-      auto* const r = static_cast<entry*>(registry<Key>::where(n, home));
-      if (r == nullptr) return registry<Key>::depart(n, home);
-      const errc e = r->leave(
-          n, home, observer_, [&] { disarm(); }, [&] { pool::give_back(r); });
-      if (e != errc::again) return e;
+      registry_type* const r = registry_type::where(n, home);
+      if (r == nullptr) return registry_type::depart(n, home);
+      if (const errc e = r->leave(n, home); e != errc::again) return e;
     }
+  }
+
+  MMUNOTIFY_COLD errc leave_async(node& n, const void* home, done_hook done) noexcept {
+    while (true) {
+      registry_type* const r = registry_type::where(n, home);
+      if (r == nullptr) return registry_type::depart(n, home, done);
+      if (const errc e = r->leave_async(n, home, done); e != errc::again) return e;
+    }
+  }
+
+  /// A space that is disarmed has nothing to wait for: it stays armed until removals are over.
+  MMUNOTIFY_COLD errc barrier() noexcept {
+    registry_type* const r = named();
+    return r != nullptr ? r->barrier() : errc::ok;
   }
 
   MMUNOTIFY_COLD errc release() noexcept {
@@ -140,14 +168,23 @@ class under_gate {
       {
         const std::lock_guard lock(r->writers());
         if (named() != r) continue;  // its last subscriber has just left
-        if (r->release_would_deadlock()) return errc::would_deadlock;
+        if (r->would_deadlock("address_space::release")) return errc::would_deadlock;
         word_.fetch_or(released, std::memory_order_relaxed);
         r->pin_locked();  // or it could serve another space before we have looked at it
       }
-      return r->release_all(
-          observer_, [&] { disarm(); }, [&] { pool::give_back(r); });
+      return r->release_all();
     }
   }
+
+  /// Returns: true inside a callback or an armed bracket of this thread.
+  bool held_by_this_thread() const noexcept {
+    entry* const r = named();
+    return r != nullptr && r->domain().held_by_this_thread();
+  }
+
+  /// The witness of the registration excludes others.
+  struct nobody {};
+  static nobody sharing(errc&) noexcept { return {}; }
 
   Observer& observer() noexcept { return observer_; }
 
@@ -160,27 +197,32 @@ class under_gate {
   /// The registry that the word names, null when disarmed. (u2) acquire pairs with (u1): it is complete.
   entry* named() const noexcept { return at(word_.load(std::memory_order_acquire)); }
 
-  errc link(node& n) noexcept {
+  template <class Existing>
+  errc link(node& n, Existing& existing) noexcept {
     while (true) {
       const std::uintptr_t seen = word_.load(std::memory_order_acquire);  // (u2)
       if (seen == released) return errc::released;
       if (seen == 0) {
-        if (const errc e = attach(n); e != errc::again) return e;
+        if (const errc e = attach(n, existing); e != errc::again) return e;
         continue;
       }
       entry* const r = at(seen);
-      const std::lock_guard lock(r->writers());
-      const std::uintptr_t now = word_.load(std::memory_order_relaxed);
-      if (at(now) != r) continue;  // its last subscriber has just left
-      if ((now & released) != 0) return errc::released;
-      r->link_locked(n);
-      r->settle(n, observer_);
+      {
+        const std::lock_guard lock(r->writers());
+        const std::uintptr_t now = word_.load(std::memory_order_relaxed);
+        if (at(now) != r) continue;  // its last subscriber has just left
+        if ((now & released) != 0) return errc::released;
+        r->link_locked(n);
+      }
+      r->replay(n, existing);
+      r->settle(n);
       return errc::ok;
     }
   }
 
   /// Binds a registry to the space, with the node as its first: a registry that is bound is never empty.
-  errc attach(node& n) noexcept {
+  template <class Existing>
+  errc attach(node& n, Existing& existing) noexcept {
     entry* const r = pool::take();
     if (r == nullptr) return errc::no_memory;
     if (const errc e = r->domain().status(); e != errc::ok) {
@@ -191,17 +233,22 @@ class under_gate {
       pool::give_back(r);
       return e;
     }
+    bool linked = false;
     {
       const std::lock_guard lock(r->writers());
-      r->gate = this;
+      r->serve(hooks, this);
       std::uintptr_t expected = 0;
       // (u1) release pairs with (u2), (u3), (u4): the registry is complete for whoever finds it.
       if (word_.compare_exchange_strong(expected, reinterpret_cast<std::uintptr_t>(r), std::memory_order_release,
                                         std::memory_order_relaxed)) {
         r->link_locked(n);
-        r->settle(n, observer_);
-        return errc::ok;
+        linked = true;
       }
+    }
+    if (linked) {
+      r->replay(n, existing);
+      r->settle(n);
+      return errc::ok;
     }
     Switch::disable();
     pool::give_back(r);
@@ -236,40 +283,37 @@ class under_gate {
   // start_armed and end_armed are the cold ends of the hooks in the primary's code; the walks behind them are fast.
 
 #if defined(__clang__)
-  template <bool Blockable>
+  template <manner M>
   [[gnu::always_inline]] ticket start_armed(Key first, Key last, event e, const void* owner) noexcept {
     ticket t = nullptr;
-    start_armed_into<Blockable>(t, first, last, e, owner);
+    start_armed_into<M>(t, first, last, e, owner);
     return t;
   }
-  template <bool Blockable>
+  template <manner M>
   MMUNOTIFY_COLD_PRESERVING void start_armed_into(ticket& t, Key first, Key last, event e, const void* owner) noexcept {
-    t = start_walk<Blockable>(first, last, e, owner);
+    t = start_walk<M>(first, last, e, owner);
   }
 #else
-  template <bool Blockable>
+  template <manner M>
   MMUNOTIFY_COLD ticket start_armed(Key first, Key last, event e, const void* owner) noexcept {
-    return start_walk<Blockable>(first, last, e, owner);
+    return start_walk<M>(first, last, e, owner);
   }
 #endif
   /// Static: what it needs of the space it finds through the registry.
   MMUNOTIFY_COLD static void end_armed(ticket b) noexcept { end_walk(b); }
 
-  template <bool Blockable>
+  template <manner M>
   MMUNOTIFY_ARMED ticket start_walk(Key first, Key last, event e, const void* owner) noexcept {
     if (!is_valid<Key>({first, last})) [[unlikely]]
-      return last < first && !Blockable ? refused() : nullptr;
+      return last < first && M == manner::nonblocking ? refused() : nullptr;
     const auto [r, slab] = enter();
     if (r == nullptr) [[unlikely]]
       return nullptr;
-    open_bracket<Key>* const b = make_bracket<Key>(*r, slab);
-    b->i.range = {first, last};
-    b->i.event = e;
-    b->i.owner = owner;
-    b->i.blockable = Blockable;
-    if constexpr (Blockable) {
-      r->call_start(b->i, b->version, observer_);
-    } else if (!r->try_call_start(b->i, b->version, observer_)) {
+    open_bracket<Key, Platform>* const b = make_bracket<Key, Platform>(*r, slab);
+    describe(b->i, {first, last}, e, owner, M);
+    if constexpr (M != manner::nonblocking) {
+      b->version = r->call_start(b->i, b->version, b->intervals, observer_);
+    } else if (!r->try_call_start(b->i, b->version, b->intervals, observer_)) {
       close(b);
       return refused();
     }
@@ -279,8 +323,8 @@ class under_gate {
   MMUNOTIFY_ARMED static void end_walk(ticket b) noexcept {
     if (!is_open(*b)) [[unlikely]]
       return;
-    auto* const r = static_cast<entry*>(b->audience);
-    r->call_end(b->i, b->version, static_cast<under_gate*>(r->gate)->observer_);
+    registry_type* const r = b->audience;
+    r->call_end(b->i, b->version, b->intervals, static_cast<under_gate*>(r->gate())->observer_);
     close(b);
   }
 
@@ -288,15 +332,12 @@ class under_gate {
     std::exchange(b->audience, nullptr)->domain().read_unlock_unordered(b);
   }
 
-  template <bool FirstYes>
-  MMUNOTIFY_COLD bool ask_young_armed(young_hook<Key> hook, basic_range<Key> r) noexcept {
-    if (!is_valid(r)) return false;
-    entry* const asked = enter().audience;
-    if (asked == nullptr) return false;
-    const bool young = asked->template ask_young<FirstYes>(hook, r, observer_);
-    asked->domain().read_unlock_unordered();
-    return young;
-  }
+  static constexpr gate_hooks<Key, Platform> hooks{
+      [](void* gate) noexcept { static_cast<under_gate*>(gate)->disarm(); },
+      [](registry_type& r) noexcept { pool::give_back(static_cast<entry*>(&r)); },
+      [](void* gate, observe::occurrence what, std::uint64_t n) noexcept {
+        static_cast<under_gate*>(gate)->observer_.note(what, n);
+      }};
 
   std::atomic<std::uintptr_t> word_{0};
   [[no_unique_address]] open_brackets open_;

@@ -67,6 +67,12 @@ class domain_core : public callback_queue<Platform> {
     return static_slot::is_inside(*static_slot::word_at(w));
   }
 
+  /// Returns: true in a callback of this domain, or of another whose callbacks the same thread runs: there, waiting for
+  /// callbacks would wait for itself.
+  [[nodiscard]] bool runs_callbacks_here() const noexcept {
+    return this->schedule_ == nullptr ? this->runtime_->work.runs_here() : this->drains_here();
+  }
+
   // --- Waiting. -----------------------------------------------------------------------------------------------------
 
   /// Effects: returns when every section that began before the call has ended. Sections that begin later are not waited
@@ -267,9 +273,6 @@ class domain_core : public callback_queue<Platform> {
   friend runtime<Platform>;
   friend worker<Platform>;
 
-  bool runs_callbacks_here() const noexcept {
-    return this->schedule_ == nullptr ? this->runtime_->work.runs_here() : this->drains_here();
-  }
   /// The worker's own thread cannot wait for the worker: in another domain's callback.
   void run_in_place() noexcept {
     while (true) {
