@@ -71,6 +71,33 @@ TEST_CASE("each of the leaves of a frame answers, and a large one for all of its
   CHECK_FALSE(f.ask(512, 1024, ageing::test));
 }
 
+TEST_CASE("a batch gets a mark for each page that was used, in every slot that it is in, and clears if it is to") {
+  fixture f;
+  REQUIRE(f.slots.add({.id = 2, .base = {4096}, .pages = 8, .host = ram_base}, f.tables.lock()) == errc::ok);
+  f.map(*f.page, 1, 7);
+  f.map(*f.page, 2, 70);
+  f.map(*f.page, 3, 71);
+  f.map(*f.page, 4, 4096 + 3);
+  REQUIRE(f.stock.fill() == errc::ok);
+  shadow_page& upper = f.tables.get({41}, x86::page_role().with_level(2), f.stock);
+  f.map(upper, 3, 512);
+  f.use(*f.page, 1);
+  f.use(*f.page, 3);
+  f.use(*f.page, 4);
+  f.use(upper, 3);
+  const auto h = static_cast<std::uintptr_t>(ram_base.value);
+  for (const bool clear : {false, true, true}) {
+    std::array<std::uint64_t, 9> bits{};
+    young_batch batch({h, h + 520 * 4096}, bits, clear);
+    const bool before = f.ask(0, 2048, ageing::test);
+    x86::young_pages(f.slots, f.gate.domain(), batch);
+    CHECK(bits[0] == (before ? 1U << 3 | 1U << 7 : 0U));
+    CHECK(bits[1] == (before ? std::uint64_t{1} << 7 : 0U));
+    CHECK(bits[8] == (before ? 0xffU : 0U));  // as much of the large page as the batch has
+    CHECK(f.ask(0, 2048, ageing::test) == (before && !clear));
+  }
+}
+
 TEST_CASE("neither asking nor clearing needs the MMU lock") {
   machine m;
   m.map({0x400000}, {0x5000}, rwu | used);

@@ -227,6 +227,60 @@ TEST_CASE("O1: every other event takes mappings down, and the owner says which d
   }
 }
 
+TEST_CASE("O1: a frame that is replaced in place is read through the old one, then through the new one, and not faulted on") {
+  fixture f;
+  f.map({0x800000}, page, rwu | used);
+  cpu_type other{f.mmu};
+  REQUIRE(other.set_cr3(f.root) == errc::ok);
+  for (const gva a : {va, gva{0x800000}}) REQUIRE(touch(f.cpu, a, access::write).result.what == outcome::done);
+  REQUIRE(touch(other, va, access::read).result.what == outcome::done);
+  const auto before = f.mmu.statistics();
+  const invalidation bracket{.range = f.bytes_of(page), .event = event::clear, .in_place = true};
+  std::byte* const old = f.now(page);
+  f.mmu.invalidate_range_start(bracket);
+  CHECK_FALSE(f.cpu.hits(va, access::write));
+  CHECK(touch(other, va, access::read).at == old);
+  CHECK(f.mmu.verify() == nullptr);
+  const pfn fresh = f.host.migrate(f.host_of(page));
+  f.mmu.change_entry({.range = f.bytes_of(page), .frame = fresh, .writable = true});
+  CHECK(touch(other, va, access::read).at == f.now(page));
+  CHECK(touch(f.cpu, {0x800000}, access::read).at == f.now(page));
+  CHECK_FALSE(f.cpu.hits(va, access::write));
+  CHECK(f.mmu.verify() == nullptr);
+  f.mmu.invalidate_range_end(bracket);
+  CHECK(f.mmu.statistics().faults == before.faults);
+  CHECK(f.mmu.statistics().zapped == before.zapped);
+  CHECK(f.mmu.statistics().changed == 2);
+  CHECK(touch(f.cpu, va, access::write).at == f.now(page));
+  CHECK(f.mmu.verify() == nullptr);
+}
+
+TEST_CASE("O1: a replaced part of a large leaf takes it down, a frame that does not fit is not mapped") {
+  machine m(2048);
+  const hva run = ram_base + 1024 * page_size;
+  m.host.place_run(run, 21, 512);
+  m.map({0x40000000}, {1024 * page_size}, rwu | used, 2);
+  m.map(va, page, rwu | used);
+  cpu_type cpu{m.mmu};
+  REQUIRE(cpu.set_cr3(m.root) == errc::ok);
+  REQUIRE(touch(cpu, {0x40000000}, access::write).result.what == outcome::done);
+  REQUIRE(touch(cpu, va, access::write).result.what == outcome::done);
+  const invalidation bracket{.range = x86::page_range(run + 7 * page_size), .event = event::clear, .in_place = true};
+  m.mmu.invalidate_range_start(bracket);
+  CHECK(cpu.hits({0x40000000}, access::read));
+  m.host.split_run(run);
+  m.mmu.change_entry({.range = bracket.range, .frame = m.host.migrate(run + 7 * page_size)});
+  CHECK_FALSE(cpu.hits({0x40000000}, access::read));
+  m.mmu.invalidate_range_end(bracket);
+  CHECK(touch(cpu, {0x40007000}, access::read).at == m.host.bytes(run + 7 * page_size));
+  const range r = x86::page_range(ram_base + page.value);
+  m.mmu.invalidate_range_start({.range = r, .in_place = true});
+  m.mmu.change_entry({.range = r, .frame = {x86::shadow_entry::frame_limit}});
+  CHECK_FALSE(cpu.hits(va, access::read));
+  m.mmu.invalidate_range_end({.range = r, .in_place = true});
+  CHECK(m.mmu.verify() == nullptr);
+}
+
 TEST_CASE("an access to a frame in no slot is known for MMIO, until the slots or the guest's tables change") {
   fixture f;
   constexpr std::uint64_t mmio = 1000 * page_size;

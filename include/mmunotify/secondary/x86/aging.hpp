@@ -15,6 +15,7 @@
 #include <cstdint>
 
 #include <mmunotify/base/range.hpp>
+#include <mmunotify/base/young_batch.hpp>
 #include <mmunotify/config.hpp>
 #include <mmunotify/secondary/x86/memslots.hpp>
 #include <mmunotify/secondary/x86/shadow_page.hpp>
@@ -44,6 +45,27 @@ inline bool young(const memslots& slots, srcu_domain& flush_domain, range r, age
     });
   });
   return any;
+}
+
+/// Effects: marks each page of the batch that a leaf has accessed, and clears if the batch says so. A large leaf has one
+/// accessed bit: all of its pages are young, or none.
+inline void young_pages(const memslots& slots, srcu_domain& flush_domain, young_batch& batch) noexcept {
+  const read_section reading{flush_domain};
+  slots.current().for_each_in(batch.range(), [&](memslot& s, gfn first, gfn last) {
+    s.for_each_mapped(first, last, [&](unsigned level, gfn f, entry_list& l) {
+      bool any = false;
+      l.for_each_unlocked([&](entry_place at) noexcept {
+        constexpr std::uint64_t bit = shadow_entry::accessed_bit;
+        auto& entry = at.page->entries[at.index];
+        const std::uint64_t was = batch.clear() ? entry.fetch_and(~bit, std::memory_order_relaxed)
+                                                : entry.load(std::memory_order_relaxed);
+        any = any || (was & bit) != 0;
+      });
+      for (std::uint64_t i = 0; any && i < frames_at(level); ++i) {
+        if (s.config().contains(f + i)) batch.mark(static_cast<std::uintptr_t>(s.config().host_of(f + i).value));
+      }
+    });
+  });
 }
 
 }  // namespace x86

@@ -92,14 +92,14 @@ class frame_set {
   std::uint64_t word(unsigned l, std::uint64_t i) const noexcept {
     return words_[first_[l] + i].load(std::memory_order_relaxed);
   }
-  /// The smallest member below bit i of level l.
+  /// The smallest member below bit i of level l. A bit above may outlive what it stands for by a moment.
   std::uint64_t first_below(unsigned l, std::uint64_t i) const noexcept {
-    for (; l > 0; --l) {
-      const std::uint64_t w = word(l - 1, i);
-      if (w == 0) return none;
-      i = i * 64 + static_cast<unsigned>(std::countr_zero(w));
+    if (l == 0) return i;
+    for (std::uint64_t left = word(l - 1, i); left != 0; left &= left - 1) {
+      const std::uint64_t found = first_below(l - 1, i * 64 + static_cast<unsigned>(std::countr_zero(left)));
+      if (found != none) return found;
     }
-    return i;
+    return none;
   }
 
   std::unique_ptr<std::atomic<std::uint64_t>[]> words_;

@@ -29,7 +29,9 @@
 // Register the MMU before the first vCPU runs: mappings made by an unregistered MMU are protected by nobody.
 //
 // Events. Linux's KVM takes every bracket for an unmapping. Here a bracket that only withdraws write access (`downgrades`,
-// below) leaves mappings in place and write-protects them; all others take them down.
+// below) leaves mappings in place and write-protects them, and so does one in which frames are replaced in place
+// (change_entry): reads go on all the time, through the old frame and then through the new one. All others take
+// mappings down.
 //
 // Limits: no unsync tables (each guest write to a shadowed table is the caller's to emulate); guest tables that the host
 // itself changes behind the MMU's back are not noticed until their shadow goes, as on KVM; a fault that collides again
@@ -142,7 +144,7 @@ class shadow_mmu {
   void invalidate_range_start(const invalidation& i) noexcept {
     const std::lock_guard locked{tables_.lock()};
     window_.start(i.range);
-    if (downgrades_.contains(i.event)) {
+    if (keeps_reads(i)) {
       tables_.write_protect_host_range(i.range);
     } else {
       zapping_.start(i.range);
@@ -154,7 +156,14 @@ class shadow_mmu {
   void invalidate_range_end(const invalidation& i) noexcept {
     const std::lock_guard locked{tables_.lock()};
     window_.end(i.range);
-    if (!downgrades_.contains(i.event)) zapping_.end(i.range);
+    if (!keeps_reads(i)) zapping_.end(i.range);
+  }
+  /// Effects: what maps a page of the range maps its new frame when it returns, read-only; the first write faults.
+  /// Precondition: inside an in-place bracket over the range.
+  void change_entry(const entry_change& c) noexcept {
+    const std::lock_guard locked{tables_.lock()};
+    tables_.change_host_range(c);
+    tables_.commit();
   }
   /// Returns: whether the guest has accessed the range since the last clearing. A vCPU that goes on to use a page sets
   /// its bit again: TLBs are empty. Takes the MMU lock only if something was young.
@@ -168,6 +177,8 @@ class shadow_mmu {
   /// The same without a flush: what a TLB holds is used without setting the bit again. Takes no lock of the MMU.
   bool clear_young(range r) noexcept { return young(slots_, gate_.domain(), r, ageing::clear); }
   bool test_young(range r) noexcept { return young(slots_, gate_.domain(), r, ageing::test); }
+  /// The same for each page. Takes no lock of the MMU.
+  void young_pages(young_batch& batch) noexcept { x86::young_pages(slots_, gate_.domain(), batch); }
   /// Effects: everything is unmapped; faults answer `released` from now on. Slots and vCPUs stay. (K6)
   void release() noexcept {
     const std::lock_guard locked{tables_.lock()};
@@ -222,6 +233,8 @@ class shadow_mmu {
   outcome fault(vcpu_state& v, gva a, access how) noexcept { return faults_.fault(v, a, how); }
 
  private:
+  bool keeps_reads(const invalidation& i) const noexcept { return i.in_place || downgrades_.contains(i.event); }
+
   /// What a change of the slots does under the MMU lock.
   auto updating() noexcept {
     return [this](memslot* going, std::uint64_t generation) noexcept {

@@ -143,6 +143,15 @@ struct alignas(shadow_page_alignment) shadow_page {
   shadow_entry exchange(unsigned i, shadow_entry e) noexcept {
     return shadow_entry(entries[i].exchange(e.bits(), std::memory_order_acq_rel));  // (sp1) pairs with (sp2)
   }
+  /// Effects: the leaf maps this frame and no longer the one before; whatever else it says stays, also what a vCPU adds
+  /// at the same time. Context: MMU lock.
+  void replace_frame(unsigned i, pfn next) noexcept {
+    std::uint64_t now = entries[i].load(std::memory_order_relaxed);
+    // (sp1) release pairs with (sp2): the new frame holds what the primary copied there.
+    while (!entries[i].compare_exchange_weak(now, (now & ~pte::address) | next.value << page_shift,
+                                             std::memory_order_release, std::memory_order_relaxed)) {
+    }
+  }
   /// Returns: true if the entry was still `seen` and is now `wanted`. Progress: wait-free. Context: guest mode too.
   bool update(unsigned i, shadow_entry seen, shadow_entry wanted) noexcept {
     std::uint64_t expected = seen.bits();

@@ -24,6 +24,7 @@
 #include <mutex>
 
 #include <mmunotify/base/address.hpp>
+#include <mmunotify/base/invalidation.hpp>
 #include <mmunotify/base/range.hpp>
 #include <mmunotify/config.hpp>
 #include <mmunotify/secondary/x86/memory_cache.hpp>
@@ -174,6 +175,23 @@ class shadow_tables {
         l.for_each([&](entry_place at) {
           if (clear(at, lost).allows().writable()) counters_.add(mmu_counters::downgraded);
         });
+      });
+    });
+  }
+
+  /// Effects: leaves that map a frame of the range map the frame that is behind its address now. Large leaves go.
+  /// Precondition: no leaf of the range may be written.
+  void change_host_range(const entry_change& c) noexcept {
+    slots().for_each_in(c.range, [&](memslot& s, gfn first, gfn last) {
+      s.for_each_mapped(first, last, [&](unsigned level, gfn f, entry_list& l) {
+        const std::uint64_t offset = s.config().host_of(f).value - c.range.first;
+        const pfn frame{c.frame.value + (offset >> page_shift)};
+        if (level > 1 || frame.value >= shadow_entry::frame_limit) return zap_list(l);
+        l.for_each([&](entry_place at) {
+          at.page->replace_frame(at.index, frame);
+          counters_.add(mmu_counters::changed);
+        });
+        flush_due_ = true;
       });
     });
   }
