@@ -68,7 +68,7 @@ class guest {
   /// Data pages are rounded up to 2 MiB. large: mapped by 2 MiB guest leaves on a host that has such pages.
   explicit guest(std::uint64_t pages, bool large = false)
       : data_((pages + 511) / 512 * 512), tables_(roots + 1 + (data_ >> 18) + 1 + data_ / 512), host_(data_ + tables_),
-        mmu_(host_, (data_ + tables_) / 256 + 4096) {
+        mmu_(host_, {.max_pages = (data_ + tables_) / 256 + 4096}) {
     if (large) host_.shift = 21;
     bytes_before_ = in_use();
     if (mmu_.add_slot({.id = 1, .base = {0}, .pages = data_ + tables_, .host = flat_host::first}) != errc::ok) {

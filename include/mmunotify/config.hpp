@@ -149,6 +149,7 @@ enum class mutation : int {
   wide_root_key = 66,        ///< a root is remembered by CR3 alone
   large_over_table = 67,     ///< a large leaf may hold a shadowed table
   no_entry_recheck = 68,     ///< guest entries are not read again under the lock
+  stale_sync = 69,           ///< a table that the guest wrote freely is taken for unchanged
 };
 
 /// True in the build that has this one protection removed.

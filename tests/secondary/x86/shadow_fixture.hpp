@@ -146,11 +146,11 @@ struct machine {
   static constexpr std::uint64_t first_table = 32;
 
   scripted_host host;
-  mmu_type mmu{host};
+  mmu_type mmu;
   std::uint64_t next_table = first_table;
   std::uint64_t root = new_table();
 
-  explicit machine(std::uint64_t slot_pages = pages) {
+  explicit machine(std::uint64_t slot_pages = pages, const x86::mmu_options& o = {}) : mmu(host, o) {
     for (std::uint64_t i = 0; i < pages; ++i) host.place(ram_base + i * page_size);
     slot_error = mmu.add_slot({.id = 1, .base = {0}, .pages = slot_pages, .host = ram_base});
   }

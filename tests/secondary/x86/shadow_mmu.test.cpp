@@ -211,8 +211,8 @@ TEST_CASE("O1: every other event takes mappings down, and the owner says which d
     f.start(f.bytes_of(page), e);
     CHECK(f.cpu.hits(va, access::read) == (e == event::protection_page || e == event::soft_dirty));
     f.end(f.bytes_of(page), e);
-    mmu_type strict{f.host, mmu_type::default_pages, event_set{}};
-    mmu_type mild{f.host, mmu_type::default_pages, event_set{event::protection_vma}};
+    mmu_type strict{f.host, {.downgrades = {}}};
+    mmu_type mild{f.host, {.downgrades = {event::protection_vma}}};
     for (mmu_type* mmu : {&strict, &mild}) {
       REQUIRE(mmu->add_slot({.id = 1, .base = {0}, .pages = machine::pages, .host = ram_base}) == errc::ok);
       cpu_type cpu{*mmu};
@@ -444,7 +444,7 @@ TEST_CASE("K6: an MMU that is destroyed before its vCPUs is reported") {
 TEST_CASE("few shadow pages are enough, only slower") {
   for (const std::size_t limit : {std::size_t{0}, std::size_t{7}, std::size_t{10}}) {
     machine m;
-    x86::shadow_mmu<scripted_host> small(m.host, limit);
+    x86::shadow_mmu<scripted_host> small(m.host, {.max_pages = limit});
     REQUIRE(small.add_slot({.id = 1, .base = {0}, .pages = machine::pages, .host = ram_base}) == errc::ok);
     x86::vcpu cpu{small};
     REQUIRE(cpu.set_cr3(m.root) == errc::ok);
@@ -495,15 +495,16 @@ struct random_guest {
   static constexpr std::uint64_t tables = 12;      ///< page tables at guest frames 32 to 43, roots at the first two
   static constexpr std::uint64_t slot_pages = 1536;
   static constexpr std::uint64_t run = 512;        ///< guest frames 512 to 1023 are one large page of the host, at first
-  machine m{slot_pages};
+  machine m;
   cpu_type cpus[2]{cpu_type{m.mmu}, cpu_type{m.mmu}};
   std::mt19937_64 random;
-  std::uint64_t done = 0, tracked = 0, faulted = 0, refused = 0, harvested = 0;
+  std::uint64_t done = 0, tracked = 0, faulted = 0, refused = 0, harvested = 0, freely = 0;
+  std::uint64_t* pending = nullptr;  ///< an entry that the guest may write without being noticed
   bool logging = false;
   std::set<std::uint64_t> written;  ///< since the last harvest
   std::set<std::uint64_t> was_rom;  ///< walks through these may have left no traces
 
-  explicit random_guest(std::uint64_t s) : random(s) {
+  random_guest(std::uint64_t s, bool unsync) : m(slot_pages, {.unsync = unsync}), random(s) {
     m.host.place_run(machine::host_of({run * page_size}), 21, 512);
     for (auto& cpu : cpus) CHECK(cpu.set_cr3(32 * page_size) == errc::ok);
     for (int i = 0; i < 60; ++i) write_entry();
@@ -574,9 +575,41 @@ struct random_guest {
     if (chance(15)) m.host.during_pin = [&](hva, bool) { host_changes(some_frame()); };
     const seen s = touch(cpu, a, how);
     m.host.during_pin = nullptr;
+    if (s.at != nullptr && x86::is_write(how)) wrote_freely(s);
     raw_memory raw{m};
     const auto expected = x86::guest_walker<x86::long_mode_4>(cpu.registers()).translate(raw, a, how);
     compare(s, expected, how);
+    flush_pending();
+  }
+
+  /// A write may be to a table of the guest's own; it changes an entry there after the access was judged, and flushes.
+  void wrote_freely(const seen& s) {
+    for (std::uint64_t t = 0; t < tables; ++t) {
+      std::byte* const table = m.host.bytes(machine::host_of({(32 + t) * page_size}));
+      if (s.at < table || s.at >= table + page_size) continue;
+      pending = reinterpret_cast<std::uint64_t*>(table) + below(3);
+    }
+  }
+  void flush_pending() {
+    if (pending == nullptr) return;
+    std::atomic_ref<std::uint64_t>(*pending).store(random_entry());
+    pending = nullptr;
+    ++freely;
+    for (auto& cpu : cpus) {
+      switch (below(3)) {
+        case 0: cpu.flush_tlb(); break;
+        case 1: REQUIRE(cpu.set_cr3(cpu.registers().cr3) == errc::ok); break;
+        default:
+          for (std::uint64_t i = 0; i < 81; ++i) {
+            const std::uint64_t digits[] = {i % 3, i / 3 % 3, i / 9 % 3, i / 27};
+            std::uint64_t a = 0;
+            for (unsigned l = 1; l <= 4; ++l) a |= digits[l - 1] << x86::long_mode_4::page_shift(l);
+            cpu.invlpg({a});
+          }
+          // Large leaves have no table of their own; other roots may lead to the table as well.
+          cpu.flush_tlb();
+      }
+    }
   }
 
   void compare(const seen& s, const x86::walk_result& expected, x86::access how) {
@@ -667,8 +700,9 @@ struct random_guest {
 
 TEST_CASE("every access has the outcome, the address and the traces of a walk made anew") {
   std::uint64_t done = 0, tracked = 0, faulted = 0, refused = 0, harvested = 0, large = 0, mmio = 0, fast = 0;
+  std::uint64_t freely = 0, resynced = 0;
   for (std::uint64_t round = 0; round < 16; ++round) {
-    random_guest g(seed() + round);
+    random_guest g(seed() + round, round % 2 == 1);
     for (int i = 0; i < 2500; ++i) {
       g.step();
       if (i % 10 == 0) {
@@ -682,6 +716,8 @@ TEST_CASE("every access has the outcome, the address and the traces of a walk ma
     faulted += g.faulted;
     refused += g.refused;
     harvested += g.harvested;
+    freely += g.freely;
+    resynced += g.m.mmu.statistics().resynced;
     large += g.m.mmu.statistics().large;
     mmio += g.m.mmu.statistics().mmio_hits;
     fast += g.m.mmu.statistics().fast_writes;
@@ -690,7 +726,9 @@ TEST_CASE("every access has the outcome, the address and the traces of a walk ma
   CHECK(large > 10);
   CHECK(mmio > 10);
   MESSAGE("done ", done, " tracked ", tracked, " faulted ", faulted, " refused ", refused, " harvested ", harvested,
-          " large ", large, " MMIO ", mmio, " fast writes ", fast);
+          " large ", large, " MMIO ", mmio, " fast writes ", fast, " free writes ", freely, " synchronised ", resynced);
+  CHECK(freely > 10);
+  CHECK(resynced > 10);
   CHECK(done > 500);
   CHECK(tracked > 10);
   CHECK(faulted > 100);

@@ -322,6 +322,8 @@ struct bare_mmu {
   x86::page_role root_role(const x86::walk_context& c) noexcept {
     return x86::page_role::root(c, 4, x86::table_format::long_mode);
   }
+  void synchronise(x86::vcpu_state&) noexcept {}
+  void invalidate(x86::vcpu_state&, gva) noexcept {}
   outcome fault(x86::vcpu_state& v, gva, x86::access) noexcept {
     if (++faults > 1) return {.what = outcome::page_fault};
     v.port.set_root(tables[3].get());

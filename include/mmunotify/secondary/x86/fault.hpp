@@ -28,6 +28,8 @@
 // A frame that no slot holds is MMIO. The leaf's place remembers that, with the generation of the slots, so that the
 // next access is known to be MMIO without a walk of the guest's tables.
 
+#include <array>
+#include <atomic>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -78,8 +80,9 @@ class fault_path {
   static constexpr page_role root_role(const walk_context& c) noexcept {
     return page_role::root(c, Mode::levels, table_format::long_mode);
   }
-  fault_path(backing<Provider> b, shadow_tables& tables, mmu_counters& counters) noexcept
-      : backing_(b), tables_(tables), counters_(counters) {}
+  /// unsync: the guest may write lowest-level tables without being noticed, until it flushes (unsync.hpp).
+  fault_path(backing<Provider> b, shadow_tables& tables, mmu_counters& counters, bool unsync = false) noexcept
+      : backing_(b), tables_(tables), counters_(counters), unsync_(unsync) {}
 
   /// Effects: one attempt to make the access possible. Returns: done (a leaf that allows it was installed), or why not.
   /// Context: the vCPU's thread, outside guest mode, without the MMU lock; may sleep; not in a callback.
@@ -120,7 +123,74 @@ class fault_path {
     return errc::ok;
   }
 
+  /// Effects: tables that the guest had written freely when it is called are in step with their shadows: the guest has
+  /// flushed its TLB. Context: as fault.
+  void synchronise(const walk_context& c) noexcept {
+    std::array<gfn, sync_batch> frames;
+    for (std::size_t left = tables_.unsync_count(); left > 0; left -= left < sync_batch ? left : sync_batch) {
+      std::size_t n = 0;
+      {
+        const std::lock_guard locked{tables_.lock()};
+        n = tables_.unsync_frames(frames);
+      }
+      if (n == 0) return;
+      synchronise(c, std::span(frames).first(n));
+    }
+  }
+
+  /// Effects: the guest has flushed this address alone: its entry, if it may be out of step, is gone.
+  /// Context: the vCPU's thread, outside guest mode, without the MMU lock.
+  void invalidate(vcpu_state& v, gva a) noexcept {
+    if (tables_.unsync_count() == 0) return;
+    const std::lock_guard locked{tables_.lock()};
+    shadow_page* p = v.port.root();
+    for (unsigned level = Mode::levels; p != nullptr; --level) {
+      const auto i = static_cast<unsigned>(Mode::index(a, level));
+      if (level == 1) {
+        if (p->unsync) tables_.drop(*p, i);
+        break;
+      }
+      const shadow_entry e = p->load(i);
+      p = e.present() && !e.is_leaf() ? e.child() : nullptr;
+    }
+    tables_.commit();
+  }
+
  private:
+  static constexpr std::size_t sync_batch = 4;
+
+  void synchronise(const walk_context& c, std::span<const gfn> frames) noexcept {
+    std::array<pinned_frame<Provider>, sync_batch> pins;
+    for (std::size_t i = 0; i < frames.size(); ++i) {
+      if (pins[i].pin(backing_, frames[i], false) != errc::ok) pins[i].reset();
+    }
+    const std::lock_guard locked{tables_.lock()};
+    for (const gfn f : frames) tables_.protect_unsync(f);
+    for (std::size_t i = 0; i < frames.size(); ++i) {
+      const bool readable = pins[i] && pins[i].stands_locked(backing_);
+      tables_.settle(frames[i], [&](const shadow_page& p, unsigned n, shadow_entry e) noexcept {
+        return readable && p.role.read_like(root_role(c)) && follows(c, p, n, e, entry_of(pins[i], n));
+      });
+    }
+  }
+
+  static std::uint64_t entry_of(const pinned_frame<Provider>& table, unsigned n) noexcept {
+    std::atomic_ref<std::uint64_t> word(reinterpret_cast<std::uint64_t*>(table.data())[n]);
+    return word.load(std::memory_order_acquire);  // (bk2) pairs with (bk1)
+  }
+
+  /// Whether the guest's entry, as it is now, still allows all that the leaf does.
+  static bool follows(const walk_context& c, const shadow_page& p, unsigned n, shadow_entry leaf,
+                      std::uint64_t entry) noexcept {
+    if constexpr (detail::mutated(detail::mutation::stale_sync)) return true;
+    const std::uint64_t needed = pte::present | pte::accessed | (leaf.may_write() ? pte::dirty : 0);
+    if ((entry & (Mode::reserved(1, c.format()) | needed)) != needed) return false;
+    if (frame_of(Mode::frame(entry, 1)) != p.leaf_frame(n)) return false;
+    const rights granted = rights_in(Mode::grants(entry, 1)) & p.role.access();
+    if (leaf.may_write() && !granted.writable()) return false;
+    return covers(granted, leaf.allows()) && leaf.guest_user() == granted.user();
+  }
+
   outcome counted(outcome o) noexcept {
     if (o.what == outcome::again) counters_.add(mmu_counters::retries);
     return o;
@@ -170,7 +240,8 @@ class fault_path {
     const unsigned level = leaf_level_locked(walk, page, most);
     shadow_page* const last = descend_locked(v, a, how, walk, tables, level);
     if (last == nullptr) return {.what = outcome::again};
-    const bool tracked = tables_.tracked(page.frame());
+    bool tracked = tables_.tracked(page.frame());
+    if (tracked && is_write(how) && unsync_ && tables_.try_unsync(page.frame())) tracked = false;
     if (tracked && is_write(how)) return {.what = outcome::write_tracked, .address = walk.address};
     // A table in the large frame may have been shadowed on the way down, as one of this walk's own.
     if (level > 1 && leaf_level_locked(walk, page, level) != level) return {.what = outcome::again};
@@ -230,11 +301,20 @@ class fault_path {
                                : frame_of(Mode::table(static_cast<std::uint64_t>(walk.entry(level).value)));
       const page_role role = direct ? p->role.part_below(leaf_rights(v.context, how, walk), walk.granted.user())
                                     : p->role.table_below(guest_walker<Mode>::rights_above(walk, level - 1));
-      shadow_page* const child = table_locked(below, role, v.stock);
+      shadow_page* child = linked(*p, static_cast<unsigned>(Mode::index(a, level)), below, role);
+      if (child == nullptr) child = table_locked(below, role, v.stock);
       if (child != nullptr) tables_.link(*p, static_cast<unsigned>(Mode::index(a, level)), *child, v.stock);
       p = child;
     }
     return nullptr;
+  }
+
+  /// Returns: the page that entry i links, if it is this one. Another way to it would have to synchronise it first.
+  static shadow_page* linked(const shadow_page& p, unsigned i, gfn below, page_role role) noexcept {
+    const shadow_entry e = p.load(i);
+    if (!e.present() || e.is_leaf()) return nullptr;
+    shadow_page* const child = e.child();
+    return child->frame == below && child->role == role ? child : nullptr;
   }
 
   static bool stands(walked_tables<Provider>& tables, const walked_entry& e) noexcept {
@@ -295,6 +375,7 @@ class fault_path {
   backing<Provider> backing_;
   shadow_tables& tables_;
   mmu_counters& counters_;
+  const bool unsync_;
 };
 
 }  // namespace x86

@@ -57,6 +57,7 @@ struct mmu_statistics {
   std::uint64_t pages_zapped = 0;     ///< shadow pages taken down
   std::uint64_t downgraded = 0;       ///< leaves that lost write access because the primary withdrew it
   std::uint64_t changed = 0;          ///< leaves that got another frame in place
+  std::uint64_t resynced = 0;         ///< lowest-level tables compared with the guest's after it wrote them freely
   std::uint64_t mmio_hits = 0;        ///< accesses that were known to be MMIO without a fault
   std::uint64_t fast_writes = 0;      ///< leaves that were made writable without the MMU lock
   std::uint64_t large = 0;            ///< leaves installed that map 2 MiB or 1 GiB
@@ -77,6 +78,7 @@ class mmu_counters {
     pages_zapped,
     downgraded,
     changed,
+    resynced,
     mmio_hits,
     fast_writes,
     large,
@@ -89,7 +91,7 @@ class mmu_counters {
     const auto get = [&](counter c) { return values_[c].load(std::memory_order_relaxed); };
     return {get(faults),  get(retries),         get(installs),       get(zapped),
             get(flushes), get(write_protected), get(tracked_writes), get(pages_zapped), get(downgraded),
-            get(changed), get(mmio_hits), get(fast_writes), get(large), get(roots_reused)};
+            get(changed), get(resynced), get(mmio_hits), get(fast_writes), get(large), get(roots_reused)};
   }
 
  private:

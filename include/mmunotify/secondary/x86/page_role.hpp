@@ -89,6 +89,12 @@ class page_role {
     return table_below(leaf_rights).with(direct_at, true).with(guest_user_at, user_in_guest);
   }
 
+  /// Whether tables of both roles are read by the same processor in the same state: all but place and rights is equal.
+  constexpr bool read_like(page_role other) const noexcept {
+    constexpr std::uint32_t processor = ~std::uint32_t{0} << wp_at | std::uint32_t{3} << format_at;
+    return ((word_ ^ other.word_) & processor) == 0;
+  }
+
   friend constexpr bool operator==(const page_role&, const page_role&) = default;
 
  private:

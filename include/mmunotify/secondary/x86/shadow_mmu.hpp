@@ -33,9 +33,9 @@
 // (change_entry): reads go on all the time, through the old frame and then through the new one. All others take
 // mappings down.
 //
-// Limits: no unsync tables (each guest write to a shadowed table is the caller's to emulate); guest tables that the host
-// itself changes behind the MMU's back are not noticed until their shadow goes, as on KVM; a fault that collides again
-// and again has no ticket.
+// Limits: each guest write to an upper table that is shadowed, and without mmu_options::unsync to any, is the caller's to
+// emulate; guest tables that the host itself changes behind the MMU's back are not noticed until their shadow goes, as on
+// KVM; a fault that collides again and again has no ticket.
 //
 // References: Linux virt/kvm/kvm_main.c, arch/x86/kvm/mmu (the same problem); Intel SDM vol. 3, 4.10 (TLBs).
 
@@ -66,27 +66,33 @@
 MMUNOTIFY_BEGIN_NAMESPACE
 namespace x86 {
 
+/// What an owner may want otherwise.
+struct mmu_options {
+  /// How many shadow pages (9 KiB each) to keep; the oldest go first.
+  std::size_t max_pages = 4096;
+  /// Brackets with these events withdraw write access and nothing else: frames stay where they are, reads stay allowed.
+  /// So Linux raises them (copy on write, write-back, soft-dirty). An mprotect may forbid reads as well: a primary that
+  /// never does that may add protection_vma.
+  event_set downgrades{event::protection_page, event::soft_dirty};
+  /// The guest writes its lowest-level tables freely, and their shadows follow when it flushes: see unsync.hpp. Else
+  /// each write to one comes back as outcome::write_tracked.
+  bool unsync = false;
+};
+
 template <frame_provider Provider, shadowed_mode Mode = long_mode_4>
 class shadow_mmu {
  public:
   using provider_type = Provider;
   using mode = Mode;
 
-  static constexpr std::size_t default_pages = 4096;
-  /// Brackets with these events withdraw write access and nothing else: frames stay where they are, reads stay allowed.
-  /// So Linux raises them (copy on write, write-back, soft-dirty). An mprotect may forbid reads as well: a primary that
-  /// never does that may add protection_vma.
-  static constexpr event_set default_downgrades{event::protection_page, event::soft_dirty};
-
-  /// A VM without slots and vCPUs. max_pages: how many shadow pages (9 KiB each) to keep; the oldest go first.
+  /// A VM without slots and vCPUs.
   /// Preconditions: the provider outlives it; provider.data() takes no lock (it is called in guest mode).
-  explicit shadow_mmu(Provider& provider, std::size_t max_pages = default_pages,
-                      event_set downgrades = default_downgrades) noexcept
+  explicit shadow_mmu(Provider& provider, const mmu_options& o = {}) noexcept
       : provider_(provider),
-        downgrades_(downgrades),
+        downgrades_(o.downgrades),
         slots_(gate_.domain()),
-        tables_(slots_, gate_, counters_, max_pages),
-        faults_({provider, slots_, window_, tables_.lock()}, tables_, counters_) {}
+        tables_(slots_, gate_, counters_, o.max_pages),
+        faults_({provider, slots_, window_, tables_.lock()}, tables_, counters_, o.unsync) {}
   shadow_mmu(const shadow_mmu&) = delete;
   shadow_mmu& operator=(const shadow_mmu&) = delete;
   /// Precondition (K6): the owner has destroyed the vCPUs; checked always.
@@ -231,6 +237,9 @@ class shadow_mmu {
   static page_role root_role(const walk_context& c) noexcept { return fault_path<Provider, Mode>::root_role(c); }
   /// See fault_path::fault.
   outcome fault(vcpu_state& v, gva a, access how) noexcept { return faults_.fault(v, a, how); }
+  /// See fault_path.
+  void synchronise(const vcpu_state& v) noexcept { faults_.synchronise(v.context); }
+  void invalidate(vcpu_state& v, gva a) noexcept { faults_.invalidate(v, a); }
 
  private:
   bool keeps_reads(const invalidation& i) const noexcept { return i.in_place || downgrades_.contains(i.event); }

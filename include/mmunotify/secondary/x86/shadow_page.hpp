@@ -128,6 +128,10 @@ struct alignas(shadow_page_alignment) shadow_page {
   unsigned mmio = 0;             ///< MUST be the number of MMIO entries
   unsigned unheard_writes = 0;   ///< guest writes since a fault last used the page; many: it is no page table any more
   std::uint64_t generation = 0;  ///< of the tables; an older one: the page is obsolete, and nothing leads to it
+  /// The guest may have written the table since its entries were shadowed: what is here is what the guest's TLB would
+  /// still hold. Level 1 only.
+  bool unsync = false;
+  shadow_page* next_unsync = nullptr;
   shadow_page* next_in_bucket = nullptr;
   shadow_page* older = nullptr;
   shadow_page* newer = nullptr;
@@ -186,6 +190,14 @@ class page_index {
   bool tracked(gfn frame) const noexcept {
     for (const shadow_page* p = buckets_[bucket(frame)]; p != nullptr; p = p->next_in_bucket) {
       if (p->frame == frame && !p->role.direct()) return true;
+    }
+    return false;
+  }
+
+  /// Returns: whether the frame must be mapped writable nowhere: it has a page that is not out of step with it.
+  bool write_protected(gfn frame) const noexcept {
+    for (const shadow_page* p = buckets_[bucket(frame)]; p != nullptr; p = p->next_in_bucket) {
+      if (p->frame == frame && !p->role.direct() && !p->unsync) return true;
     }
     return false;
   }

@@ -6,8 +6,8 @@
 // What always holds when the lock is free (verify.hpp checks it):
 //   - a present leaf is in the reverse mapping of its guest frame, at its level, and nothing else is;
 //   - a present link is in the parents of the page it links, and nothing else is;
-//   - every page is in the index, once; a frame that has an indirect page is mapped writable nowhere, and is part of no
-//     large leaf;
+//   - every page is in the index, once; a frame that has an indirect page is part of no large leaf, and mapped writable
+//     nowhere unless all its pages are marked to be out of step (unsync);
 //   - no vCPU has cached, in its TLB or in a walk, a translation that is gone or reduced in the tables: whoever takes
 //     something away flushes before it gives the lock back. So "nothing mapped" in the tables is "nothing usable"
 //     anywhere, and an invalidation that finds nothing need not flush (K3);
@@ -22,6 +22,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
+#include <span>
 
 #include <mmunotify/base/address.hpp>
 #include <mmunotify/base/invalidation.hpp>
@@ -33,6 +34,7 @@
 #include <mmunotify/secondary/x86/rmap.hpp>
 #include <mmunotify/secondary/x86/shadow_page.hpp>
 #include <mmunotify/secondary/x86/tlb.hpp>
+#include <mmunotify/secondary/x86/unsync.hpp>
 
 MMUNOTIFY_BEGIN_NAMESPACE
 namespace x86 {
@@ -96,6 +98,8 @@ class shadow_tables {
   shadow_page& get(gfn frame, page_role role, fault_stock& from) noexcept {
     if (shadow_page* const known = index_.find(frame, role, generation_); known != nullptr) {
       known->unheard_writes = 0;
+      // Who comes here anew has nothing of it in its TLB, so it may not see what is out of date.
+      if (known->unsync) protect_unsync(frame), settle(frame, [](shadow_page&, unsigned, shadow_entry) { return false; });
       return *known;
     }
     shadow_page& p = from.pages.pop();
@@ -218,6 +222,45 @@ class shadow_tables {
     return true;
   }
 
+  // --- Tables that the guest writes freely. -------------------------------------------------------------------------
+
+  /// Returns: whether the guest may write the table in this frame without being noticed: all its shadows are of level 1.
+  /// Effects: if so, they are out of step from now on, until settle().
+  bool try_unsync(gfn frame) noexcept {
+    bool lowest = true;
+    index_.for_each_of(frame, [&](shadow_page& p) { lowest = lowest && (p.role.direct() || p.role.level() == 1); });
+    if (!lowest) return false;
+    index_.for_each_of(frame, [&](shadow_page& p) {
+      if (!p.role.direct() && !p.unsync) unsync_.add(p);
+    });
+    return true;
+  }
+  /// Returns: pages that are out of step. Without the lock a hint: who has made one so himself sees it.
+  std::size_t unsync_count() const noexcept { return unsync_.size(); }
+  /// Effects: frames[0] and on are tables that are out of step, those that have been so longest first. Returns: how many.
+  std::size_t unsync_frames(std::span<gfn> frames) const noexcept { return unsync_.oldest(frames); }
+
+  /// Effects: the guest cannot write the table in this frame without being noticed.
+  void protect_unsync(gfn frame) noexcept {
+    if (memslot* const s = slots().find(frame); s != nullptr) write_protect(*s, frame);
+    commit();
+  }
+  /// Effects: the shadows of the table in this frame are in step again: an entry stays if keep(page, i, entry) says that
+  /// it still follows from the guest's. Precondition: protect_unsync came before, under the same hold of the lock.
+  template <class Keep>
+  void settle(gfn frame, Keep&& keep) noexcept {
+    index_.for_each_of(frame, [&](shadow_page& p) {
+      if (!p.unsync) return;
+      for (unsigned i = 0; i < entries_per_table && p.present + p.mmio > 0; ++i) {
+        const shadow_entry e = p.load(i);
+        if (e.is_mmio() || (e.present() && !keep(p, i, e))) drop(p, i);
+      }
+      unsync_.remove(p);
+      counters_.add(mmu_counters::resynced);
+    });
+    commit();
+  }
+
   void zap_everything() noexcept {
     index_.for_each([&](shadow_page& p) { zap_page(p); });
   }
@@ -318,6 +361,7 @@ class shadow_tables {
     }
     gate_.for_each_locked([&](vcpu_port& port) { port.forget_root(p); });
     if (memslot* const s = p.role.direct() ? nullptr : slots().find(p.frame); s != nullptr) s->count_table(p.frame, -1);
+    if (p.unsync) unsync_.remove(p);
     index_.remove(p);
     p.role = p.role.as_invalid();
     retired_.push(p);
@@ -339,6 +383,7 @@ class shadow_tables {
   mmu_counters& counters_;
   const std::size_t max_pages_;
   page_index index_;
+  unsync_list unsync_;
   std::uint64_t generation_ = 0;
   stock<shadow_page> retired_;      ///< unlinked; walkers may still be inside
   stock<shadow_page> spare_pages_;  ///< free since a flush

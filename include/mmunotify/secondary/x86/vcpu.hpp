@@ -14,7 +14,8 @@
 //                             spaces are remembered, so that a switch back is no fault
 //   CR0.WP, CR4.SMEP/SMAP,
 //   EFER.NXE                  TLB; the root is another one, since they are part of a shadow page's role
-//   INVLPG                    one TLB entry; the shadow tables are in step with the guest's already
+//   INVLPG                    one TLB entry, and its shadow leaf if the table may be out of step
+// All but INVLPG bring shadow tables that are out of step with the guest's up to date (unsync.hpp), as does flush_tlb().
 //   CPL, EFLAGS.AC            nothing: rights are judged at each access
 //
 // Context: every member is for the thread that runs the vCPU, outside callbacks and guest mode.
@@ -51,6 +52,8 @@ concept vcpu_host = frame_provider<typename M::provider_type> && shadowed_mode<t
                       { m.root_role(s.context) } noexcept -> std::same_as<page_role>;
                       { m.slots() } noexcept -> std::same_as<const memslots&>;
                       { m.counters() } noexcept -> std::same_as<mmu_counters&>;
+                      m.synchronise(s);
+                      m.invalidate(s, a);
                     };
 
 template <vcpu_host Mmu>
@@ -101,9 +104,15 @@ class vcpu {
   }
 
   /// INVLPG.
-  void invlpg(gva a) noexcept { tlb_.drop(a); }
-  /// Effects: empties the TLB; the shadow tables stay.
-  void flush_tlb() noexcept { tlb_.clear(); }
+  void invlpg(gva a) noexcept {
+    tlb_.drop(a);
+    if (mode::canonical(a)) mmu_.invalidate(state_, a);
+  }
+  /// Effects: empties the TLB; the shadow tables stay, as far as they follow from the guest's.
+  void flush_tlb() noexcept {
+    tlb_.clear();
+    mmu_.synchronise(state_);
+  }
 
   // --- Memory. ------------------------------------------------------------------------------------------------------
 
@@ -233,6 +242,7 @@ class vcpu {
   void reload() noexcept {
     tlb_.clear();
     if (select_root()) mmu_.counters().add(mmu_counters::roots_reused);
+    mmu_.synchronise(state_);
   }
   bool select_root() noexcept {
     return state_.port.select({frame_of(mode::root(state_.context.cr3)), mmu_.root_role(state_.context).word()});

@@ -33,6 +33,7 @@ class table_check {
     if (tables_.retired_.size() != 0) return "an unlinked page waits although no flush is due";
     for_pages(&table_check::check_page);
     if (broken_ == nullptr && pages_ != tables_.index_.size()) broken_ = "the index has lost count of its pages";
+    require(unsync_ == tables_.unsync_.size(), "the list of pages that are out of step has lost count");
     if (broken_ == nullptr && tables_.released() && pages_ != 0) broken_ = "a released MMU has shadow pages";
     for (memslot* s : slots_.slots()) check_slot(*s);
     if (broken_ == nullptr && mapped_ != leaves_) broken_ = "there are more leaves than reverse mappings, or fewer";
@@ -61,6 +62,8 @@ class table_check {
       ++table_pages_;
       require(slots_.find(p.frame) != nullptr, "a shadowed guest table is in no slot");
     }
+    require(!p.unsync || (p.role.level() == 1 && !p.role.direct()), "a page is out of step that must not be");
+    unsync_ += p.unsync ? 1 : 0;
     unsigned present = 0, mmio = 0;
     for (unsigned i = 0; i < entries_per_table; ++i) {
       const shadow_entry e = p.load(i);
@@ -115,7 +118,7 @@ class table_check {
     require(e.may_write() || !e.allows().writable(), "a leaf is writable although it may not be written");
     if (e.may_write()) {
       require(!window_.open_hits(bytes), "a leaf may be written inside an open bracket");
-      require(!tables_.index_.tracked(frame), "a shadowed guest table is mapped writable");
+      require(!tables_.index_.write_protected(frame), "a shadowed guest table is mapped writable");
       require(!slot->config().read_only, "a read-only slot is mapped writable");
     }
     require(covers(most_below(p.role), e.allows()), "a leaf grants more than the tables above it");
@@ -176,6 +179,7 @@ class table_check {
   std::size_t pages_ = 0;
   std::size_t leaves_ = 0;
   std::size_t mapped_ = 0;
+  std::size_t unsync_ = 0;
   std::size_t table_pages_ = 0;
   std::size_t table_count_ = 0;
 };
