@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 
 // What the x86 shadow MMU costs: faults, zaps, ageing, guest page-table writes, address-space switches, dirty logs; the
-// memory per mapped page; and what all of that is when a million pages are mapped instead of a thousand. (Walks of guest
-// tables by themselves are another bench's.)
+// memory per mapped page; and what all of that is when a million pages are mapped instead of a thousand. (Walks of
+// guest tables by themselves are another bench's.)
 //
 // The host is as fast as one can be: an array, whose pages are always there. So these are the shadow MMU's own costs,
 // without those of a primary. One vCPU, nobody else in guest mode: a flush is a grace period that waits for no reader.
@@ -67,7 +67,9 @@ class guest {
 
   /// Data pages are rounded up to 2 MiB. large: mapped by 2 MiB guest leaves on a host that has such pages.
   explicit guest(std::uint64_t pages, bool large = false)
-      : data_((pages + 511) / 512 * 512), tables_(roots + 1 + (data_ >> 18) + 1 + data_ / 512), host_(data_ + tables_),
+      : data_((pages + 511) / 512 * 512),
+        tables_(roots + 1 + (data_ >> 18) + 1 + data_ / 512),
+        host_(data_ + tables_),
         mmu_(host_, {.max_pages = (data_ + tables_) / 256 + 4096}) {
     if (large) host_.shift = 21;
     bytes_before_ = in_use();
@@ -134,9 +136,7 @@ class guest {
 
 class stopwatch {
  public:
-  double seconds() const {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - started_).count();
-  }
+  double seconds() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - started_).count(); }
 
  private:
   std::chrono::steady_clock::time_point started_ = std::chrono::steady_clock::now();
@@ -146,25 +146,31 @@ class stopwatch {
 /// before it and puts things back. The figure is per operation, of which one iteration has `operations`.
 template <class Untimed, class Timed>
 void add(const std::string& name, std::uint64_t operations, Untimed untimed, Timed timed) {
-  ratios::add(name, [=](benchmark::State& state) {
-    for (auto _ : state) {
-      if (!untimed()) state.SkipWithError("it could not be set up");
-      const stopwatch w;
-      const bool right = timed();
-      state.SetIterationTime(w.seconds() / static_cast<double>(operations));
-      if (!right) state.SkipWithError("wrong answer");
-    }
-  })->UseManualTime()->Iterations(static_cast<benchmark::IterationCount>(operations > 64 ? 20 : 200));
+  ratios::add(name,
+              [=](benchmark::State& state) {
+                for (auto _ : state) {
+                  if (!untimed()) state.SkipWithError("it could not be set up");
+                  const stopwatch w;
+                  const bool right = timed();
+                  state.SetIterationTime(w.seconds() / static_cast<double>(operations));
+                  if (!right) state.SkipWithError("wrong answer");
+                }
+              })
+      ->UseManualTime()
+      ->Iterations(static_cast<benchmark::IterationCount>(operations > 64 ? 20 : 200));
 }
 
 const auto nothing = [] { return true; };
 
 void add_faults(const std::shared_ptr<guest>& g) {
-  add("fault/first in its table", 64,
-      [=] { return g->mmu().zap_all(), true; }, [=] { return g->fault_all(0, 64, 512); });
-  add("fault/fill", 512, [=] { return g->zap(guest::host_range(0, 512)), g->fault(1); },
+  add(
+      "fault/first in its table", 64, [=] { return g->mmu().zap_all(), true; },
+      [=] { return g->fault_all(0, 64, 512); });
+  add(
+      "fault/fill", 512, [=] { return g->zap(guest::host_range(0, 512)), g->fault(1); },
       [=] { return g->fault_all(2, 510); });
-  add("fault/nothing to do", 512, [=] { return g->fault_all(0, 512); }, [=] { return g->fault_all(0, 512); });
+  add(
+      "fault/nothing to do", 512, [=] { return g->fault_all(0, 512); }, [=] { return g->fault_all(0, 512); });
 }
 
 void add_zaps(const std::shared_ptr<guest>& g, const std::shared_ptr<guest>& large) {
@@ -173,17 +179,24 @@ void add_zaps(const std::shared_ptr<guest>& g, const std::shared_ptr<guest>& lar
   const auto zap_case = [=](const char* name, auto fill, std::uint64_t first, std::uint64_t pages) {
     add(name, 1, fill, [=] { return g->zap(guest::host_range(first, pages)), zapped(first); });
   };
-  zap_case("zap/4 KiB, mapped", [=] { return g->fault(5); }, 5, 1);
+  zap_case(
+      "zap/4 KiB, mapped", [=] { return g->fault(5); }, 5, 1);
   zap_case("zap/4 KiB, unmapped", nothing, 5, 1);
-  zap_case("zap/2 MiB, all of 512 mapped", [=] { return g->fault_all(0, 512); }, 0, 512);
+  zap_case(
+      "zap/2 MiB, all of 512 mapped", [=] { return g->fault_all(0, 512); }, 0, 512);
   zap_case("zap/2 MiB, unmapped", nothing, 0, 512);
   zap_case("zap/1 GiB, unmapped", nothing, 0, gib);
-  zap_case("zap/1 GiB, 1 page mapped", [=] { return g->fault(gib / 2); }, 0, gib);
-  zap_case("zap/1 GiB, 512 pages mapped, spread", [=] { return g->fault_all(0, 512, 512); }, 0, gib);
-  zap_case("zap/1 GiB, 512 pages mapped, side by side", [=] { return g->fault_all(0, 512); }, 0, gib);
-  add("zap/2 MiB, one large leaf", 1, [=] { return large->fault(0); },
+  zap_case(
+      "zap/1 GiB, 1 page mapped", [=] { return g->fault(gib / 2); }, 0, gib);
+  zap_case(
+      "zap/1 GiB, 512 pages mapped, spread", [=] { return g->fault_all(0, 512, 512); }, 0, gib);
+  zap_case(
+      "zap/1 GiB, 512 pages mapped, side by side", [=] { return g->fault_all(0, 512); }, 0, gib);
+  add(
+      "zap/2 MiB, one large leaf", 1, [=] { return large->fault(0); },
       [=] { return large->zap(guest::host_range(0, 512)), true; });
-  add("zap/write access of 2 MiB, 512 mapped", 1,
+  add(
+      "zap/write access of 2 MiB, 512 mapped", 1,
       [=] { return g->zap(guest::host_range(0, 512)), g->fault_all(0, 512); },
       [=] {
         const invalidation i{.range = guest::host_range(0, 512), .event = event::soft_dirty};
@@ -195,12 +208,15 @@ void add_zaps(const std::shared_ptr<guest>& g, const std::shared_ptr<guest>& lar
 
 void add_ageing(const std::shared_ptr<guest>& g) {
   const range two_mib = guest::host_range(0, 512);
-  add("age/test 2 MiB, all of 512 mapped and old", 1,
+  add(
+      "age/test 2 MiB, all of 512 mapped and old", 1,
       [=] { return g->fault_all(0, 512) && (g->mmu().clear_young(two_mib), true); },
       [=] { return !g->mmu().test_young(two_mib); });
-  add("age/clear 2 MiB, all of 512 mapped", 1,
-      [=] { return g->zap(two_mib), g->fault_all(0, 512); }, [=] { return g->mmu().clear_young(two_mib); });
-  add("age/clear 1 GiB, unmapped", 1, [=] { return g->zap(guest::host_range(0, 512 * 512)), true; },
+  add(
+      "age/clear 2 MiB, all of 512 mapped", 1, [=] { return g->zap(two_mib), g->fault_all(0, 512); },
+      [=] { return g->mmu().clear_young(two_mib); });
+  add(
+      "age/clear 1 GiB, unmapped", 1, [=] { return g->zap(guest::host_range(0, 512 * 512)), true; },
       [=] { return !g->mmu().clear_young(guest::host_range(0, 512 * 512)); });
 }
 
@@ -209,9 +225,11 @@ void add_guest_writes(const std::shared_ptr<guest>& g) {
     return g->mmu().guest_write(where, std::as_bytes(std::span<const std::uint64_t>(&value, 1))) == errc::ok;
   };
   add("guest write/to data", 1, nothing, [=] { return write({40 * page_size}, 1); });
-  add("guest write/to a table entry that is shadowed", 1, [=] { return g->fault(7); },
+  add(
+      "guest write/to a table entry that is shadowed", 1, [=] { return g->fault(7); },
       [=] { return write(g->leaf_entry(7), 7 * page_size | rwu); });
-  add("guest write/to one of its table that is not", 1, [=] { return g->fault(8); },
+  add(
+      "guest write/to one of its table that is not", 1, [=] { return g->fault(8); },
       [=] { return write(g->leaf_entry(9), 9 * page_size | rwu); });
 }
 
@@ -246,15 +264,19 @@ void add_logs(const std::shared_ptr<guest>& g) {
     }
     return true;
   };
-  add("log/first write after a harvest", 512, [=] { return log(x86::dirty_tracking::write_protect); },
+  add(
+      "log/first write after a harvest", 512, [=] { return log(x86::dirty_tracking::write_protect); },
       [=] { return write(512); });
-  add("log/harvest by write protection, 512 of 4096 written", 1,
+  add(
+      "log/harvest by write protection, 512 of 4096 written", 1,
       [=] { return log(x86::dirty_tracking::write_protect) && write(512); },
       [=] { return harvest() && (*words)[0] != 0; });
-  add("log/harvest by dirty bits, 512 of 4096 written", 1,
+  add(
+      "log/harvest by dirty bits, 512 of 4096 written", 1,
       [=] { return log(x86::dirty_tracking::dirty_bits) && write(512); },
       [=] { return harvest() && (*words)[0] != 0; });
-  add("log/harvest, nothing written", 1, [=] { return log(x86::dirty_tracking::write_protect); },
+  add(
+      "log/harvest, nothing written", 1, [=] { return log(x86::dirty_tracking::write_protect); },
       [=] { return harvest() && (*words)[0] == 0; });
 }
 
@@ -265,9 +287,11 @@ void add_growth(std::uint64_t mapped) {
   const std::string many = std::to_string(mapped) + " mapped";
   const double bytes = (g->grown() - 8.0 * static_cast<double>(mapped)) / static_cast<double>(mapped);
   ratios::figure("bytes per page, " + many, bytes);
-  add("growth of a fault/" + many, 512, [=] { return g->zap(guest::host_range(0, 512)), g->fault(0); },
+  add(
+      "growth of a fault/" + many, 512, [=] { return g->zap(guest::host_range(0, 512)), g->fault(0); },
       [=] { return g->fault_all(1, 511); });
-  add("growth of a zap of 2 MiB/" + many, 1, [=] { return g->fault_all(0, 512); },
+  add(
+      "growth of a zap of 2 MiB/" + many, 1, [=] { return g->fault_all(0, 512); },
       [=] { return g->zap(guest::host_range(0, 512)), !g->cpu().hits(guest::address(5), access::read); });
   std::printf("%-44s %10.2f   beyond the 8-byte entry: reverse mapping, frame, table, slot\n",
               ("bytes per page, " + many).c_str(), bytes);

@@ -227,7 +227,8 @@ TEST_CASE("O1: every other event takes mappings down, and the owner says which d
   }
 }
 
-TEST_CASE("O1: a frame that is replaced in place is read through the old one, then through the new one, and not faulted on") {
+TEST_CASE(
+    "O1: a frame that is replaced in place is read through the old one, then through the new one, and not faulted on") {
   fixture f;
   f.map({0x800000}, page, rwu | used);
   cpu_type other{f.mmu};
@@ -348,7 +349,8 @@ TEST_CASE("zapping everything goes by generation: nothing old is used from its f
   for (std::uint64_t i = 0; i < 20; ++i) f.map(gva{(i + 16) << 21}, {(i % 8) * page_size});
   cpu_type other{f.mmu};
   REQUIRE(other.set_cr3(f.root) == errc::ok);
-  for (std::uint64_t i = 0; i < 20; ++i) REQUIRE(touch(f.cpu, gva{(i + 16) << 21}, access::read).result.what == outcome::done);
+  for (std::uint64_t i = 0; i < 20; ++i)
+    REQUIRE(touch(f.cpu, gva{(i + 16) << 21}, access::read).result.what == outcome::done);
   REQUIRE(touch(other, va, access::write).result.what == outcome::done);
   CHECK(f.mmu.page_count() > 20);
   f.mmu.zap_all();
@@ -492,9 +494,9 @@ struct raw_memory {
 };
 
 struct random_guest {
-  static constexpr std::uint64_t tables = 12;      ///< page tables at guest frames 32 to 43, roots at the first two
+  static constexpr std::uint64_t tables = 12;  ///< page tables at guest frames 32 to 43, roots at the first two
   static constexpr std::uint64_t slot_pages = 1536;
-  static constexpr std::uint64_t run = 512;        ///< guest frames 512 to 1023 are one large page of the host, at first
+  static constexpr std::uint64_t run = 512;  ///< guest frames 512 to 1023 are one large page of the host, at first
   machine m;
   cpu_type cpus[2]{cpu_type{m.mmu}, cpu_type{m.mmu}};
   std::mt19937_64 random;

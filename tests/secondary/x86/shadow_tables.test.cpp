@@ -227,7 +227,8 @@ TEST_CASE("a frame that is mapped too often has its list emptied before it grows
   unsigned n = 1;
   for (std::uint64_t t = 0; n < x86::entry_list::recycle_at + 5; ++t) {
     shadow_page& p = f.table(41 + t / 8);
-    for (unsigned i = 0; i < 64 && n < x86::entry_list::recycle_at + 5; ++i, ++n) f.map(p, i + static_cast<unsigned>(t % 8) * 64, 9);
+    for (unsigned i = 0; i < 64 && n < x86::entry_list::recycle_at + 5; ++i, ++n)
+      f.map(p, i + static_cast<unsigned>(t % 8) * 64, 9);
   }
   CHECK(f.slots.current().find({9})->mappings({9}).count() == 5);
   CHECK(f.counters.read().zapped == x86::entry_list::recycle_at);

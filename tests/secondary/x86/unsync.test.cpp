@@ -71,7 +71,8 @@ TEST_CASE("a guest writes its leaf tables with one fault, and its flush makes th
     fixture f;
     CHECK(f.guest_sets(f.cpu, 0, 7 * page_size | rwu | used).what == outcome::done);
     const auto faults = f.mmu.statistics().faults;
-    for (std::uint64_t i = 1; i < 4; ++i) CHECK(f.guest_sets(f.cpu, i, 6 * page_size | rwu | used).what == outcome::done);
+    for (std::uint64_t i = 1; i < 4; ++i)
+      CHECK(f.guest_sets(f.cpu, i, 6 * page_size | rwu | used).what == outcome::done);
     CHECK(f.mmu.statistics().faults == faults);
     f.check();
     if (by_cr3) {
@@ -271,10 +272,13 @@ TEST_CASE("vCPUs that write their tables freely and flush see their own changes,
       {
         const std::lock_guard g{host};
         const std::uint64_t next = where[i] < spare ? i + spare : i;
-        (*bytes)[next] = (*bytes)[where[i]];
-        if (i < 8) (*bytes)[where[i]].bytes.fill(std::byte{0x6b});
-        where[i] = next;
-        frames.pages[at.value] = reinterpret_cast<std::uintptr_t>(&(*bytes)[next]) >> page_shift;
+        const std::uint64_t number = reinterpret_cast<std::uintptr_t>(&(*bytes)[next]) >> page_shift;
+        if (frames.pins[number] == 0) {  // else somebody still looks at what it was
+          (*bytes)[next] = (*bytes)[where[i]];
+          if (i < 8) (*bytes)[where[i]].bytes.fill(std::byte{0x6b});
+          where[i] = next;
+          frames.pages[at.value] = number;
+        }
       }
       mmu.invalidate_range_end({.range = x86::page_range(at)});
     }

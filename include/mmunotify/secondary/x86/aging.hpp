@@ -26,8 +26,8 @@ namespace x86 {
 
 enum class ageing : std::uint8_t { test, clear };
 
-/// Returns: whether a leaf of the range was accessed since the last clearing. Effects: clear: they count as not accessed
-/// from now on, but for what TLBs hold.
+/// Returns: whether a leaf of the range was accessed since the last clearing. Effects: clear: they count as not
+/// accessed from now on, but for what TLBs hold.
 inline bool young(const memslots& slots, srcu_domain& flush_domain, range r, ageing how) noexcept {
   const read_section reading{flush_domain};
   bool any = false;
@@ -47,8 +47,8 @@ inline bool young(const memslots& slots, srcu_domain& flush_domain, range r, age
   return any;
 }
 
-/// Effects: marks each page of the batch that a leaf has accessed, and clears if the batch says so. A large leaf has one
-/// accessed bit: all of its pages are young, or none.
+/// Effects: marks each page of the batch that a leaf has accessed, and clears if the batch says so. A large leaf has
+/// one accessed bit: all of its pages are young, or none.
 inline void young_pages(const memslots& slots, srcu_domain& flush_domain, young_batch& batch) noexcept {
   const read_section reading{flush_domain};
   slots.current().for_each_in(batch.range(), [&](memslot& s, gfn first, gfn last) {
@@ -57,8 +57,8 @@ inline void young_pages(const memslots& slots, srcu_domain& flush_domain, young_
       l.for_each_unlocked([&](entry_place at) noexcept {
         constexpr std::uint64_t bit = shadow_entry::accessed_bit;
         auto& entry = at.page->entries[at.index];
-        const std::uint64_t was = batch.clear() ? entry.fetch_and(~bit, std::memory_order_relaxed)
-                                                : entry.load(std::memory_order_relaxed);
+        const std::uint64_t was =
+            batch.clear() ? entry.fetch_and(~bit, std::memory_order_relaxed) : entry.load(std::memory_order_relaxed);
         any = any || (was & bit) != 0;
       });
       for (std::uint64_t i = 0; any && i < frames_at(level); ++i) {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-// Beginning, harvesting and ending the log of what a guest writes (dirty_log.hpp says what is kept). Under the MMU lock.
+// Beginning, harvesting and ending the log of what a guest writes (dirty_log.hpp says what is kept). Under the MMU
+// lock.
 
 #include <bit>
 #include <cstddef>
@@ -18,9 +19,9 @@ MMUNOTIFY_BEGIN_NAMESPACE
 namespace x86 {
 
 /// Effects: the slot's leaves are as its log wants them. Log by write protection: none is writable; the first write to
-/// each makes it so. By dirty bits: none is dirty. Large leaves go, so that writes are logged by 4 KiB; when the log has
-/// ended, the 4 KiB parts of large guest leaves go, so that they can be mapped large again.
-/// Preconditions: the log is in place. Context: MMU lock; commit() follows.
+/// each makes it so. By dirty bits: none is dirty. Large leaves go, so that writes are logged by 4 KiB; when the log
+/// has ended, the 4 KiB parts of large guest leaves go, so that they can be mapped large again. Preconditions: the log
+/// is in place. Context: MMU lock; commit() follows.
 inline void follow_log(shadow_tables& tables, memslot& slot) noexcept {
   const dirty_log* const log = slot.log();
   slot.for_each_mapped([&](unsigned level, gfn, entry_list& l) {

@@ -11,8 +11,9 @@
 // Both count writes of the MMU itself: emulated ones, and accessed and dirty bits in guest tables.
 //
 // Exactness. A frame is marked *after* its leaf became writable (dl1), and a harvest clears the mark *before* it
-// write-protects the leaf, both under no common lock: a write is then in this harvest or in the next one, never in none.
-// The other way round a harvest between mark and upgrade would take the mark, and leave a writable leaf without one.
+// write-protects the leaf, both under no common lock: a write is then in this harvest or in the next one, never in
+// none. The other way round a harvest between mark and upgrade would take the mark, and leave a writable leaf without
+// one.
 //
 // Memory: a bit per frame while a log is kept.
 

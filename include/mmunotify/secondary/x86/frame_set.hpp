@@ -8,8 +8,8 @@
 // bit i of a word of level n+1 is set if word i of level n is not zero. The next member is found by going up until a
 // word has a bit to the right, and down again: two words per level, four levels for 16 million frames.
 //
-// Memory: 1.016 bits per number. Changes: one thread at a time (the MMU lock). Readers without it may miss what is being
-// added or see what is being removed.
+// Memory: 1.016 bits per number. Changes: one thread at a time (the MMU lock). Readers without it may miss what is
+// being added or see what is being removed.
 
 #include <array>
 #include <atomic>

@@ -83,11 +83,11 @@ class memslot {
   template <class F>
   void for_each_mapped(gfn first, gfn last, F&& f) {
     for (unsigned level = 1; level <= top_leaf_level; ++level) {
-      mapped_[level - 1].for_each_in(place(first, level), place(last + (frames_at(level) - 1), level),
-                                     [&](std::uint64_t i) {
-                                       const gfn at{((config_.base.value >> (9 * (level - 1))) + i) << (9 * (level - 1))};
-                                       f(level, at, lists(level)[i]);
-                                     });
+      mapped_[level - 1].for_each_in(
+          place(first, level), place(last + (frames_at(level) - 1), level), [&](std::uint64_t i) {
+            const gfn at{((config_.base.value >> (9 * (level - 1))) + i) << (9 * (level - 1))};
+            f(level, at, lists(level)[i]);
+          });
     }
   }
   template <class F>

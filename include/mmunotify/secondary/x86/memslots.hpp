@@ -116,9 +116,10 @@ class memslots {
   }
 
   /// Effects: adds a slot. update(memslot* going, generation) is called under the MMU lock before the new snapshot, of
-  /// that generation, is published; `going` is null here. Errors: bad_range (empty, wrapping, beyond frame_limit, host not aligned), overlap (guest
-  /// frames that another slot has), already_registered (the id), no_memory; nothing is changed then.
-  /// Context: may sleep; takes the MMU lock `lock`; neither in a callback nor inside a section of the domain.
+  /// that generation, is published; `going` is null here. Errors: bad_range (empty, wrapping, beyond frame_limit, host
+  /// not aligned), overlap (guest frames that another slot has), already_registered (the id), no_memory; nothing is
+  /// changed then. Context: may sleep; takes the MMU lock `lock`; neither in a callback nor inside a section of the
+  /// domain.
   template <class Mutex, class Update>
   errc add(const memslot_config& c, Mutex& lock, Update&& update) noexcept {
     const std::lock_guard writing{writers_};
@@ -155,8 +156,8 @@ class memslots {
     return replace(going, &c, lock, update);
   }
 
-  /// Effects: from now on writes to the slot are logged in this way, or not at all; update(memslot&) is called under the
-  /// MMU lock when the new log, empty, is in place. Errors: not_registered, no_memory; nothing is changed then.
+  /// Effects: from now on writes to the slot are logged in this way, or not at all; update(memslot&) is called under
+  /// the MMU lock when the new log, empty, is in place. Errors: not_registered, no_memory; nothing is changed then.
   /// Context: as add.
   template <class Mutex, class Update>
   errc set_log(unsigned id, dirty_tracking how, Mutex& lock, Update&& update) noexcept {
@@ -185,7 +186,6 @@ class memslots {
   }
 
  private:
-
   static errc check(const memslot_snapshot& s, const memslot_config& c, const memslot* except) noexcept {
     if (c.pages == 0 || c.pages > frame_limit || c.base.value > frame_limit - c.pages) return errc::bad_range;
     if (c.host.offset() != 0 || c.host.value > UINTPTR_MAX - (c.pages << page_shift)) return errc::bad_range;

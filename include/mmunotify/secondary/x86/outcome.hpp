@@ -89,9 +89,9 @@ class mmu_counters {
   void add(counter c, std::uint64_t n = 1) noexcept { values_[c].fetch_add(n, std::memory_order_relaxed); }
   mmu_statistics read() const noexcept {
     const auto get = [&](counter c) { return values_[c].load(std::memory_order_relaxed); };
-    return {get(faults),  get(retries),         get(installs),       get(zapped),
-            get(flushes), get(write_protected), get(tracked_writes), get(pages_zapped), get(downgraded),
-            get(changed), get(resynced), get(mmio_hits), get(fast_writes), get(large), get(roots_reused)};
+    return {get(faults),          get(retries),        get(installs),     get(zapped),     get(flushes),
+            get(write_protected), get(tracked_writes), get(pages_zapped), get(downgraded), get(changed),
+            get(resynced),        get(mmio_hits),      get(fast_writes),  get(large),      get(roots_reused)};
   }
 
  private:

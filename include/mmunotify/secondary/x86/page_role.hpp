@@ -71,9 +71,7 @@ class page_role {
   constexpr std::uint32_t word() const noexcept { return word_; }
 
   constexpr page_role with_level(unsigned l) const noexcept { return put(level_at, 3, l); }
-  constexpr page_role with_format(table_format f) const noexcept {
-    return put(format_at, 2, static_cast<unsigned>(f));
-  }
+  constexpr page_role with_format(table_format f) const noexcept { return put(format_at, 2, static_cast<unsigned>(f)); }
   constexpr page_role with_quadrant(unsigned q) const noexcept { return put(quadrant_at, 2, q); }
   constexpr page_role with_access(rights r) const noexcept { return put(access_at, 3, r.bits); }
   constexpr page_role with_wp(bool on) const noexcept { return with(wp_at, on); }

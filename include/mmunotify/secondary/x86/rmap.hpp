@@ -84,7 +84,8 @@ class entry_list {
     unlock(pack(fresh));
   }
 
-  /// Effects: takes the place out; a chunk that is not needed any more goes to the stock. Returns: whether it was there.
+  /// Effects: takes the place out; a chunk that is not needed any more goes to the stock. Returns: whether it was
+  /// there.
   bool remove(entry_place place, stock<rmap_chunk>& chunks) noexcept {
     const std::uintptr_t w = lock(), wanted = pack(place);
     if (!is_chunk(w)) {

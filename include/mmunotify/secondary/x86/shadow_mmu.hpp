@@ -28,14 +28,14 @@
 //
 // Register the MMU before the first vCPU runs: mappings made by an unregistered MMU are protected by nobody.
 //
-// Events. Linux's KVM takes every bracket for an unmapping. Here a bracket that only withdraws write access (`downgrades`,
-// below) leaves mappings in place and write-protects them, and so does one in which frames are replaced in place
-// (change_entry): reads go on all the time, through the old frame and then through the new one. All others take
-// mappings down.
+// Events. Linux's KVM takes every bracket for an unmapping. Here a bracket that only withdraws write access
+// (`downgrades`, below) leaves mappings in place and write-protects them, and so does one in which frames are replaced
+// in place (change_entry): reads go on all the time, through the old frame and then through the new one. All others
+// take mappings down.
 //
-// Limits: each guest write to an upper table that is shadowed, and without mmu_options::unsync to any, is the caller's to
-// emulate; guest tables that the host itself changes behind the MMU's back are not noticed until their shadow goes, as on
-// KVM; a fault that collides again and again has no ticket.
+// Limits: each guest write to an upper table that is shadowed, and without mmu_options::unsync to any, is the caller's
+// to emulate; guest tables that the host itself changes behind the MMU's back are not noticed until their shadow goes,
+// as on KVM; a fault that collides again and again has no ticket.
 //
 // References: Linux virt/kvm/kvm_main.c, arch/x86/kvm/mmu (the same problem); Intel SDM vol. 3, 4.10 (TLBs).
 

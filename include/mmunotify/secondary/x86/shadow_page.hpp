@@ -53,7 +53,7 @@ class shadow_entry {
   static constexpr std::uint64_t dirty_bit = 1 << 6;
   static constexpr std::uint64_t leaf_bit = 1 << 7;        ///< else a link
   static constexpr std::uint64_t guest_user_bit = 1 << 8;  ///< U in the guest, also where CR0.WP=0 made us drop ours
-  static constexpr std::uint64_t mmio_bit = 1 << 9;         ///< where present_bit is clear
+  static constexpr std::uint64_t mmio_bit = 1 << 9;        ///< where present_bit is clear
   /// Guest, host and tracking let the leaf be written: if write_bit is clear, only to log the first write. Whoever sees
   /// one write may set it, without the MMU lock. MUST be set where write_bit is.
   static constexpr std::uint64_t may_write_bit = 1 << 10;

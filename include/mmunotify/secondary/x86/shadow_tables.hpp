@@ -11,7 +11,8 @@
 //   - no vCPU has cached, in its TLB or in a walk, a translation that is gone or reduced in the tables: whoever takes
 //     something away flushes before it gives the lock back. So "nothing mapped" in the tables is "nothing usable"
 //     anywhere, and an invalidation that finds nothing need not flush (K3);
-//   - so an entry that was present is not made a leaf again before a flush: what a vCPU in guest mode has read of it and
+//   - so an entry that was present is not made a leaf again before a flush: what a vCPU in guest mode has read of it
+//   and
 //     its frame belongs together.
 // Hence the two steps of every removal: take out of the tables and remember that a flush is due; then commit(), which
 // flushes once and only then lets memory be used again.
@@ -99,7 +100,8 @@ class shadow_tables {
     if (shadow_page* const known = index_.find(frame, role, generation_); known != nullptr) {
       known->unheard_writes = 0;
       // Who comes here anew has nothing of it in its TLB, so it may not see what is out of date.
-      if (known->unsync) protect_unsync(frame), settle(frame, [](shadow_page&, unsigned, shadow_entry) { return false; });
+      if (known->unsync)
+        protect_unsync(frame), settle(frame, [](shadow_page&, unsigned, shadow_entry) { return false; });
       return *known;
     }
     shadow_page& p = from.pages.pop();
@@ -224,8 +226,8 @@ class shadow_tables {
 
   // --- Tables that the guest writes freely. -------------------------------------------------------------------------
 
-  /// Returns: whether the guest may write the table in this frame without being noticed: all its shadows are of level 1.
-  /// Effects: if so, they are out of step from now on, until settle().
+  /// Returns: whether the guest may write the table in this frame without being noticed: all its shadows are of
+  /// level 1. Effects: if so, they are out of step from now on, until settle().
   bool try_unsync(gfn frame) noexcept {
     bool lowest = true;
     index_.for_each_of(frame, [&](shadow_page& p) { lowest = lowest && (p.role.direct() || p.role.level() == 1); });
@@ -237,7 +239,8 @@ class shadow_tables {
   }
   /// Returns: pages that are out of step. Without the lock a hint: who has made one so himself sees it.
   std::size_t unsync_count() const noexcept { return unsync_.size(); }
-  /// Effects: frames[0] and on are tables that are out of step, those that have been so longest first. Returns: how many.
+  /// Effects: frames[0] and on are tables that are out of step, those that have been so longest first. Returns: how
+  /// many.
   std::size_t unsync_frames(std::span<gfn> frames) const noexcept { return unsync_.oldest(frames); }
 
   /// Effects: the guest cannot write the table in this frame without being noticed.
@@ -245,8 +248,8 @@ class shadow_tables {
     if (memslot* const s = slots().find(frame); s != nullptr) write_protect(*s, frame);
     commit();
   }
-  /// Effects: the shadows of the table in this frame are in step again: an entry stays if keep(page, i, entry) says that
-  /// it still follows from the guest's. Precondition: protect_unsync came before, under the same hold of the lock.
+  /// Effects: the shadows of the table in this frame are in step again: an entry stays if keep(page, i, entry) says
+  /// that it still follows from the guest's. Precondition: protect_unsync came before, under the same hold of the lock.
   template <class Keep>
   void settle(gfn frame, Keep&& keep) noexcept {
     index_.for_each_of(frame, [&](shadow_page& p) {

@@ -4,9 +4,10 @@
 // Shadow pages that are out of step with their guest tables, on purpose.
 //
 // A guest fills page tables by the thousand, at fork and exec, and to notice each write is to stop it each time. But
-// the guest itself must tell the processor before it can rely on a change, by INVLPG or by loading CR3: until then a TLB
-// may hold the old translation. So a lowest-level table may be written freely while its shadow plays the TLB, and is
-// compared with it at the guest's next flush. Upper tables are always in step: what is below them could not be found.
+// the guest itself must tell the processor before it can rely on a change, by INVLPG or by loading CR3: until then a
+// TLB may hold the old translation. So a lowest-level table may be written freely while its shadow plays the TLB, and
+// is compared with it at the guest's next flush. Upper tables are always in step: what is below them could not be
+// found.
 //
 // The order at a flush: write-protect the frame, flush, compare, in one hold of the MMU lock (fault_path::synchronise).
 // After the flush nobody can write the table; what is read then stays true until the next write fault.
@@ -44,7 +45,8 @@ class unsync_list {
     size_.store(size() + 1, std::memory_order_relaxed);
   }
 
-  /// Precondition: the page is in this list. Cost: those before it; pages leave in the order in which they came, mostly.
+  /// Precondition: the page is in this list. Cost: those before it; pages leave in the order in which they came,
+  /// mostly.
   void remove(shadow_page& p) noexcept {
     shadow_page** link = &first_;
     while (*link != &p) link = &(*link)->next_unsync;

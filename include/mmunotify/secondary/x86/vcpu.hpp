@@ -15,7 +15,8 @@
 //   CR0.WP, CR4.SMEP/SMAP,
 //   EFER.NXE                  TLB; the root is another one, since they are part of a shadow page's role
 //   INVLPG                    one TLB entry, and its shadow leaf if the table may be out of step
-// All but INVLPG bring shadow tables that are out of step with the guest's up to date (unsync.hpp), as does flush_tlb().
+// All but INVLPG bring shadow tables that are out of step with the guest's up to date (unsync.hpp), as does
+// flush_tlb().
 //   CPL, EFLAGS.AC            nothing: rights are judged at each access
 //
 // Context: every member is for the thread that runs the vCPU, outside callbacks and guest mode.

@@ -37,7 +37,8 @@ class table_check {
     if (broken_ == nullptr && tables_.released() && pages_ != 0) broken_ = "a released MMU has shadow pages";
     for (memslot* s : slots_.slots()) check_slot(*s);
     if (broken_ == nullptr && mapped_ != leaves_) broken_ = "there are more leaves than reverse mappings, or fewer";
-    if (broken_ == nullptr && table_count_ != table_pages_) broken_ = "the slots have lost count of the shadowed tables";
+    if (broken_ == nullptr && table_count_ != table_pages_)
+      broken_ = "the slots have lost count of the shadowed tables";
     check_roots(levels);
     return broken_;
   }
@@ -56,7 +57,8 @@ class table_check {
 
   void check_page(shadow_page& p) noexcept {
     ++pages_;
-    require(tables_.index_.find(p.frame, p.role, p.generation) == &p, "a shadow page is not where the index looks for it");
+    require(tables_.index_.find(p.frame, p.role, p.generation) == &p,
+            "a shadow page is not where the index looks for it");
     require(!p.role.invalid() && p.generation <= tables_.generation_, "a page in the index is not in use");
     if (!p.role.direct()) {
       ++table_pages_;
@@ -90,7 +92,8 @@ class table_check {
 
   void check_link(shadow_page& p, unsigned i, shadow_page& child) noexcept {
     require(p.role.level() > 1, "a page of the lowest level has a link");
-    require(tables_.index_.find(child.frame, child.role, child.generation) == &child, "a linked page is not in the index");
+    require(tables_.index_.find(child.frame, child.role, child.generation) == &child,
+            "a linked page is not in the index");
     require(child.parents.contains({&p, i}), "a link is missing among its page's parents");
     require(child.role.level() + 1 == p.role.level(), "a link skips a level");
     require(covers(most_below(p.role), child.role.access()), "a table grants more than the ones above it");
@@ -99,7 +102,9 @@ class table_check {
   }
 
   /// What may be granted below: CR0.WP=0 lets the supervisor write what no level grants.
-  static rights most_below(const page_role& r) noexcept { return changed(r.access(), r.wp() ? 0 : rights::write_bit, 0); }
+  static rights most_below(const page_role& r) noexcept {
+    return changed(r.access(), r.wp() ? 0 : rights::write_bit, 0);
+  }
 
   void check_leaf(shadow_page& p, unsigned i, shadow_entry e) noexcept {
     ++leaves_;
@@ -114,7 +119,8 @@ class table_check {
     const auto host = static_cast<std::uintptr_t>(slot->config().host_of(frame).value);
     const range bytes{host, host + (frames_at(level) << page_shift)};
     require(!zapping_.open_hits(bytes), "a leaf is inside an open bracket");
-    require(!p.role.direct() || frame == p.frame + i * frames_at(level), "a direct page maps a frame that is not its own");
+    require(!p.role.direct() || frame == p.frame + i * frames_at(level),
+            "a direct page maps a frame that is not its own");
     require(e.may_write() || !e.allows().writable(), "a leaf is writable although it may not be written");
     if (e.may_write()) {
       require(!window_.open_hits(bytes), "a leaf may be written inside an open bracket");
