@@ -139,6 +139,36 @@ TEST_CASE("large leaves are split while writes are logged, and made again afterw
   CHECK(cpu.hits({0x40100000}, access::write));
 }
 
+TEST_CASE("a ring is harvested piece by piece, beside the bitmap, and gives way to it when it was full") {
+  fixture f;
+  REQUIRE(f.mmu.log_writes(1, dirty_tracking::write_protect, 4) == errc::ok);
+  for (std::uint64_t i = 0; i < 16; ++i) CHECK(f.does(access::read, i) == outcome::done);
+  f.harvest();
+  std::array<gfn, 3> out{};
+  CHECK(f.mmu.harvest_ring(1, out).count == 0);  // the bitmap's harvest has had what was pushed
+  for (const std::uint64_t i : {5U, 3U, 5U, 9U, 4U}) CHECK(f.does(access::write, i) == outcome::done);
+  CHECK(f.mmu.harvest_ring(1, out).count == 3);
+  CHECK(out == std::array<gfn, 3>{gfn{5}, gfn{3}, gfn{9}});
+  CHECK(f.does(access::write, 5) == outcome::done);
+  CHECK(f.mmu.harvest_ring(1, out).count == 2);
+  CHECK(out[0] == gfn{4});
+  CHECK(out[1] == gfn{5});
+  CHECK(f.mmu.verify() == nullptr);
+  for (std::uint64_t i = 0; i < 6; ++i) CHECK(f.does(access::write, i) == outcome::done);
+  CHECK(f.mmu.harvest_ring(1, out).error == errc::again);
+  CHECK(f.harvest() == frames{0, 1, 2, 3, 4, 5});
+  CHECK(f.mmu.harvest_ring(1, out).error == errc::ok);
+  CHECK(f.does(access::write, 2) == outcome::done);
+  const auto found = f.mmu.harvest_ring(1, out);
+  CHECK(found.error == errc::ok);
+  CHECK(found.count == 1);
+  CHECK(out[0] == gfn{2});
+  CHECK(f.mmu.harvest_ring(9, out).error == errc::not_registered);
+  CHECK(f.mmu.log_writes(1, dirty_tracking::dirty_bits, 4) == errc::bad_range);
+  REQUIRE(f.mmu.log_writes(1, dirty_tracking::write_protect) == errc::ok);
+  CHECK(f.mmu.harvest_ring(1, out).error == errc::disabled);
+}
+
 TEST_CASE("bad requests for a log are refused with the reason, and change nothing") {
   fixture f;
   std::array<std::uint64_t, 2> two{};

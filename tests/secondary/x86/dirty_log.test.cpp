@@ -32,6 +32,61 @@ TEST_CASE("a log has a bit for each frame, and gives each mark once") {
   }
 }
 
+TEST_CASE("a ring gives frames in the order of their marks, each once, and says when it was full") {
+  const auto log = dirty_log::make(dirty_tracking::write_protect, 1000, 4);
+  REQUIRE(log != nullptr);
+  x86::dirty_ring& ring = *log->ring();
+  std::uint64_t f = 0;
+  for (int round = 0; round < 3; ++round) {
+    CHECK_FALSE(ring.pop(f));
+    for (const std::uint64_t i : {7U, 999U, 7U, 0U, 64U}) log->mark(i);
+    CHECK_FALSE(ring.overflowed());
+    for (const std::uint64_t i : {7U, 999U, 0U, 64U}) {
+      REQUIRE(ring.pop(f));
+      CHECK(f == i);
+      CHECK(log->take_one(f));
+      CHECK_FALSE(log->take_one(f));
+    }
+  }
+  for (std::uint64_t i = 10; i < 15; ++i) log->mark(i);
+  CHECK(ring.overflowed());
+  CHECK(log->take(0) == 0x7c00);  // the bitmap has all five
+  ring.reset_overflow();
+  CHECK_FALSE(ring.overflowed());
+  CHECK(dirty_log::make(dirty_tracking::write_protect, 1000)->ring() == nullptr);
+}
+
+TEST_CASE("what several threads push comes out once each") {
+  x86::dirty_ring ring(64);
+  std::atomic<unsigned> running{2};
+  const auto produce = [&](std::uint64_t id) {
+    for (std::uint64_t i = 0; i < 20000; ++i) {
+      ring.push(2 * i + id);
+      if (ring.overflowed()) std::this_thread::yield();
+    }
+    running.fetch_sub(1);
+  };
+  std::thread a(produce, 0), b(produce, 1);
+  std::array<std::uint64_t, 2> last{};
+  std::array<bool, 2> any{};
+  std::uint64_t count = 0, wrong = 0;
+  const auto drain = [&] {
+    for (std::uint64_t f = 0; ring.pop(f); ++count) {
+      const auto id = static_cast<std::size_t>(f % 2);
+      if (any[id] && f <= last[id]) ++wrong;  // of one producer in order
+      last[id] = f;
+      any[id] = true;
+    }
+  };
+  while (running.load() != 0) drain();
+  a.join();
+  b.join();
+  drain();
+  CHECK(wrong == 0);
+  CHECK(count > 64);
+  CHECK(count <= 40000);
+}
+
 TEST_CASE("no write is lost between a fast upgrade and a harvest on another thread") {
   // The guest counts in a page. If a harvest reports the page clean, nothing was written since the one before returned.
   machine m;

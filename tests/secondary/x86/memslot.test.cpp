@@ -81,11 +81,11 @@ TEST_CASE("a large frame lies in its slot as a whole, aligned in guest and host 
     f.slot->count_table({1031}, -1);
     CHECK(f.slot->may_be_large({1500}, 2));
     const auto nothing = [](memslot&) {};
-    CHECK(f.slots.set_log(1, x86::dirty_tracking::dirty_bits, f.lock, nothing) == errc::ok);
+    CHECK(f.slots.set_log(1, x86::dirty_tracking::dirty_bits, 0, f.lock, nothing) == errc::ok);
     CHECK_FALSE(f.slot->may_be_large({1500}, 2));
-    CHECK(f.slots.set_log(1, x86::dirty_tracking::off, f.lock, nothing) == errc::ok);
+    CHECK(f.slots.set_log(1, x86::dirty_tracking::off, 0, f.lock, nothing) == errc::ok);
     CHECK(f.slot->may_be_large({1500}, 2));
-    CHECK(f.slots.set_log(2, x86::dirty_tracking::off, f.lock, nothing) == errc::not_registered);
+    CHECK(f.slots.set_log(2, x86::dirty_tracking::off, 0, f.lock, nothing) == errc::not_registered);
   }
   fixture g(1000, 5000, 1001);
   CHECK_FALSE(g.slot->may_be_large({1024}, 2));
@@ -100,7 +100,7 @@ TEST_CASE("marks are kept while there is a log, by the frame's place in the slot
   fixture f(1000, 100, 0);
   f.slot->mark_dirty({1000});  // nobody listens
   const auto nothing = [](memslot&) {};
-  CHECK(f.slots.set_log(1, x86::dirty_tracking::write_protect, f.lock, nothing) == errc::ok);
+  CHECK(f.slots.set_log(1, x86::dirty_tracking::write_protect, 0, f.lock, nothing) == errc::ok);
   CHECK(f.slot->logs(x86::dirty_tracking::write_protect));
   CHECK_FALSE(f.slot->logs(x86::dirty_tracking::dirty_bits));
   CHECK(f.slot->log()->take(0) == 0);

@@ -55,6 +55,7 @@ inline std::uint64_t harvest(shadow_tables& tables, memslot& slot, std::span<std
       });
     });
   }
+  if (log.ring() != nullptr) log.ring()->reset_overflow();  // what does not fit from here on is still marked
   std::uint64_t total = 0;
   for (std::size_t n = 0; n < out.size(); ++n) {
     out[n] = log.take(n);
@@ -66,6 +67,21 @@ inline std::uint64_t harvest(shadow_tables& tables, memslot& slot, std::span<std
     }
   }
   return total;
+}
+
+/// Effects: out[0] and on are frames of the slot that were written since they were harvested last; they count as clean
+/// from now on. Returns: how many; fewer than out.size(): there are no more.
+/// Preconditions: the slot keeps a log by write protection with a ring. Context: as harvest.
+inline std::size_t harvest_ring(shadow_tables& tables, memslot& slot, std::span<gfn> out) noexcept {
+  dirty_log& log = *slot.log();
+  std::size_t n = 0;
+  for (std::uint64_t i = 0; n < out.size() && log.ring()->pop(i);) {
+    if (!log.take_one(i)) continue;  // a harvest of the bitmap has had it
+    out[n] = slot.config().base + i;
+    slot.mappings(out[n]).for_each([&](entry_place at) { tables.clear(at, shadow_entry::write_bit); });
+    ++n;
+  }
+  return n;
 }
 
 }  // namespace x86

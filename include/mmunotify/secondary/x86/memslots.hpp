@@ -156,16 +156,17 @@ class memslots {
     return replace(going, &c, lock, update);
   }
 
-  /// Effects: from now on writes to the slot are logged in this way, or not at all; update(memslot&) is called under
+  /// Effects: from now on writes to the slot are logged in this way, or not at all, with a ring of so
+  /// many places, or none; update(memslot&) is called under
   /// the MMU lock when the new log, empty, is in place. Errors: not_registered, no_memory; nothing is changed then.
   /// Context: as add.
   template <class Mutex, class Update>
-  errc set_log(unsigned id, dirty_tracking how, Mutex& lock, Update&& update) noexcept {
+  errc set_log(unsigned id, dirty_tracking how, std::uint64_t ring, Mutex& lock, Update&& update) noexcept {
     const std::lock_guard writing{writers_};
     memslot* const slot = find_id(*current_.load(std::memory_order_relaxed), id);
     if (slot == nullptr) return errc::not_registered;
     std::unique_ptr<dirty_log> log;
-    if (how != dirty_tracking::off && (log = dirty_log::make(how, slot->config().pages)) == nullptr) {
+    if (how != dirty_tracking::off && (log = dirty_log::make(how, slot->config().pages, ring)) == nullptr) {
       return errc::no_memory;
     }
     {

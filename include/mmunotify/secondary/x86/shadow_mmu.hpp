@@ -120,10 +120,12 @@ class shadow_mmu {
 
   // --- What the guest writes. Context: as for slots. ----------------------------------------------------------------
 
-  /// Effects: writes to the slot are logged from now on, in this way, or no longer (dirty_log.hpp).
-  /// Errors: not_registered (no such slot), no_memory; nothing is changed then.
-  errc log_writes(unsigned id, dirty_tracking how) noexcept {
-    return slots_.set_log(id, how, tables_.lock(), [this](memslot& s) noexcept {
+  /// Effects: writes to the slot are logged from now on, in this way, or no longer (dirty_log.hpp); ring: places of the
+  /// ring, for a log by write protection; 0: none. Errors: not_registered (no such slot), bad_range (a ring for another
+  /// log), no_memory; nothing is changed then.
+  errc log_writes(unsigned id, dirty_tracking how, std::uint64_t ring = 0) noexcept {
+    if (ring != 0 && how != dirty_tracking::write_protect) return errc::bad_range;
+    return slots_.set_log(id, how, ring, tables_.lock(), [this](memslot& s) noexcept {
       follow_log(tables_, s);
       tables_.commit();
     });
@@ -141,6 +143,25 @@ class shadow_mmu {
     static_cast<void>(harvest(tables_, *slot, out));
     tables_.commit();
     return errc::ok;
+  }
+
+  /// What a ring has given.
+  struct written_frames {
+    errc error = errc::ok;  ///< again: the ring had no place for some frames: harvest_writes, once
+    std::size_t count = 0;
+  };
+  /// Effects: out[0] and on are frames of the slot that were written since they were harvested last; they count as clean
+  /// from now on. Cost: what was written. Errors: not_registered (no such slot), disabled (it keeps no ring), again; the
+  /// log is as before then.
+  written_frames harvest_ring(unsigned id, std::span<gfn> out) noexcept {
+    const std::lock_guard locked{tables_.lock()};
+    memslot* const slot = memslots::find_id(slots_.current(), id);
+    if (slot == nullptr) return {.error = errc::not_registered};
+    if (slot->log() == nullptr || slot->log()->ring() == nullptr) return {.error = errc::disabled};
+    if (slot->log()->ring()->overflowed()) return {.error = errc::again};
+    const written_frames found{.count = x86::harvest_ring(tables_, *slot, out)};
+    tables_.commit();
+    return found;
   }
 
   // --- Hooks: for the notifier. Context: under the primary's locks. They take the MMU lock, and sleep in a flush. ----

@@ -14,7 +14,8 @@
 // period of the guest-mode sections has passed.
 //
 // Orderings: (sp1) an entry is published with release and (sp2) loaded by walkers with acquire, so that the linked
-// page's entries, zero when it was linked, are seen.
+// page's entries, zero when it was linked, are seen. (sp3) Bits are cleared with release and (sp4) set by vCPUs with
+// acquire: who makes a leaf writable again after a harvest sees that its mark in the dirty log was taken.
 
 #include <array>
 #include <atomic>
@@ -159,7 +160,9 @@ struct alignas(shadow_page_alignment) shadow_page {
   /// Returns: true if the entry was still `seen` and is now `wanted`. Progress: wait-free. Context: guest mode too.
   bool update(unsigned i, shadow_entry seen, shadow_entry wanted) noexcept {
     std::uint64_t expected = seen.bits();
-    return entries[i].compare_exchange_strong(expected, wanted.bits(), std::memory_order_relaxed);
+    // (sp4) acquire pairs with (sp3).
+    return entries[i].compare_exchange_strong(expected, wanted.bits(), std::memory_order_acquire,
+                                              std::memory_order_relaxed);
   }
 };
 

@@ -324,7 +324,8 @@ class shadow_tables {
   /// Effects: these bits of the leaf are clear; if it could be written and cannot any more, a flush is due.
   /// Returns: the leaf as it was.
   shadow_entry clear(entry_place at, std::uint64_t bits) noexcept {
-    const shadow_entry was(at.page->entries[at.index].fetch_and(~bits, std::memory_order_relaxed));
+    // (sp3) release pairs with (sp4).
+    const shadow_entry was(at.page->entries[at.index].fetch_and(~bits, std::memory_order_release));
     if (was.allows().writable() && (bits & shadow_entry::write_bit) != 0) flush_due_ = true;
     return was;
   }
