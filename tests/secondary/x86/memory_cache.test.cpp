@@ -10,6 +10,8 @@
 
 #include <unistd.h>
 
+#include <mmunotify/secondary/x86/direct_vcpu.hpp>
+
 #include "shadow_fixture.hpp"
 
 using namespace shadow_test;
@@ -132,6 +134,31 @@ TEST_CASE("a fault that runs out of memory says so at each allocation, and has c
     CHECK(m.mmu.verify() == nullptr);
   }
   CHECK(n > 10);
+}
+
+TEST_CASE("a fault of a direct MMU that runs out of memory says so at each allocation, and has changed nothing") {
+  using direct_type = x86::direct_mmu<scripted_host, x86::ept_format>;
+  long n = 0;
+  for (bool failed = true; failed; ++n) {
+    scripted_host host;
+    host.place(ram_base);
+    direct_type mmu{host};
+    REQUIRE(mmu.add_slot({.id = 1, .base = {0}, .pages = 1, .host = ram_base}) == errc::ok);
+    x86::direct_vcpu<direct_type> cpu{mmu};
+    std::mutex unused;
+    outcome o;
+    {
+      const counting c(unused, n);
+      o = cpu.prefault({0}, access::write);
+      failed = allocations > n;
+    }
+    CHECK(o.what == (failed ? outcome::no_memory : outcome::done));
+    if (failed) CHECK(mmu.find({0}).level == 4);
+    CHECK(host.on_loan() == 0);
+    CHECK(mmu.verify() == nullptr);
+    CHECK(touch(cpu, gpa{8}, access::write).at == host.bytes(ram_base + 8));
+  }
+  CHECK(n == 4);
 }
 
 TEST_CASE("slots and logs that run out of memory say so at each allocation, and have changed nothing") {

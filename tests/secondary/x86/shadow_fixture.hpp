@@ -197,8 +197,8 @@ struct seen {
   outcome result;
   std::byte* at = nullptr;
 };
-template <class Cpu>
-seen touch(Cpu& cpu, gva a, access how) {
+template <class Cpu, class Address = gva>
+seen touch(Cpu& cpu, Address a, access how) {
   seen s;
   s.result = cpu.access(a, how, [&](std::byte* at) noexcept { s.at = at; });
   return s;
