@@ -95,7 +95,8 @@ TEST_CASE_TEMPLATE("K1: nothing is installed over a bracket that is open or has 
   m.check();
 }
 
-TEST_CASE_TEMPLATE("K2, K3: brackets, slots and releases leave nothing usable, and tables that are empty go", F, FORMATS) {
+TEST_CASE_TEMPLATE("K2, K3: brackets, slots and releases leave nothing usable, and tables that are empty go", F,
+                   FORMATS) {
   direct_machine<F> m;
   for (std::uint64_t i = 0; i < 8; ++i) CHECK(touch(m.cpu, m.at(i), access::write).at == m.now(i));
   m.migrate(3);
@@ -251,12 +252,12 @@ TEST_CASE_TEMPLATE("O1: vCPUs that fault at the same time see what they wrote, w
       const std::uint64_t f = random() % pages;
       const bool write = random() % 2 == 0;
       bool bad = false;
-      const outcome o = cpu.access({f * page_size + 8 * id}, write ? access::write : access::read,
-                                   [&](std::byte* at) noexcept {
-                                     std::atomic_ref<std::uint64_t> word(*reinterpret_cast<std::uint64_t*>(at));
-                                     bad = word.load(std::memory_order_relaxed) != expected[f];
-                                     if (write) word.store(expected[f] + 1, std::memory_order_relaxed);
-                                   });
+      const outcome o =
+          cpu.access({f * page_size + 8 * id}, write ? access::write : access::read, [&](std::byte* at) noexcept {
+            std::atomic_ref<std::uint64_t> word(*reinterpret_cast<std::uint64_t*>(at));
+            bad = word.load(std::memory_order_relaxed) != expected[f];
+            if (write) word.store(expected[f] + 1, std::memory_order_relaxed);
+          });
       if (bad) wrong.fetch_add(1);
       if (o.what == outcome::done) {
         expected[f] += write ? 1 : 0;

@@ -98,8 +98,7 @@ TEST_CASE("threads that make the same tables at the same time agree on them") {
   other.join();
   CHECK(wrong.load() == 0);
   std::size_t n[2] = {0, 0};
-  t.for_each_leaf({0}, {tables::frame_limit},
-                  [&](gfn f, unsigned, std::atomic<std::uint64_t>&) { ++n[f.value % 2]; });
+  t.for_each_leaf({0}, {tables::frame_limit}, [&](gfn f, unsigned, std::atomic<std::uint64_t>&) { ++n[f.value % 2]; });
   CHECK(n[0] == n[1]);
   CHECK(n[0] > 3000);
   CHECK(t.verify() == nullptr);

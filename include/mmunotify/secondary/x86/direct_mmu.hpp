@@ -239,13 +239,12 @@ class direct_mmu {
            !window_.retry(since, host_range(s, aligned_to(f, level), level));
   }
 
-  /// Effects: the leaf is in its place, as large as it may be; where there are smaller ones already, it is as small. What
-  /// a leaf that is there allows, it goes on allowing: only what flushes takes rights away.
-  /// Returns: false: a larger leaf is in the way. Context: the lock, shared.
+  /// Effects: the leaf is in its place, as large as it may be; where there are smaller ones already, it is as small.
+  /// What a leaf that is there allows, it goes on allowing: only what flushes takes rights away. Returns: false: a
+  /// larger leaf is in the way. Context: the lock, shared.
   bool put(const memslot& slot, gfn f, bool write, const host_page& at, const frame_lease& lease, unsigned level,
            table_stock& stock) noexcept {
-    constexpr std::uint64_t kept =
-        Format::accessed_bit | Format::dirty_bit | Format::write_bit | direct_may_write_bit;
+    constexpr std::uint64_t kept = Format::accessed_bit | Format::dirty_bit | Format::write_bit | direct_may_write_bit;
     const bool writable = !at.read_only && lease.writable;
     const bool withheld = writable && !write && slot.logs(dirty_tracking::write_protect);
     while (true) {
@@ -354,8 +353,8 @@ class direct_mmu {
     bool any = false;
     slots_.current().for_each_in(r, [&](memslot&, gfn first, gfn last) {
       tables_.for_each_leaf(first, last, [&](gfn, unsigned, std::atomic<std::uint64_t>& e) {
-        const std::uint64_t was = clear ? e.fetch_and(~Format::accessed_bit, std::memory_order_relaxed)
-                                        : e.load(std::memory_order_relaxed);
+        const std::uint64_t was =
+            clear ? e.fetch_and(~Format::accessed_bit, std::memory_order_relaxed) : e.load(std::memory_order_relaxed);
         any = any || (Format::present(was) && (was & Format::accessed_bit) != 0);
       });
     });

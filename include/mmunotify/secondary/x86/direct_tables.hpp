@@ -4,13 +4,15 @@
 // The tables of two-dimensional paging: one tree, from guest frame to host frame.
 //
 // There are no roles, no reverse mappings and no parents: a guest frame has one place. So faults need not exclude each
-// other: they hold the lock shared, and whoever loses a compare-exchange finds what the winner has put there. What takes
-// something away, by range, holds it exclusively, flushes, and frees tables that have become empty after the flush.
+// other: they hold the lock shared, and whoever loses a compare-exchange finds what the winner has put there. What
+// takes something away, by range, holds it exclusively, flushes, and frees tables that have become empty after the
+// flush.
 //
 // Walkers (vCPUs in guest mode, ageing) hold no lock; tables keep their memory until the flush domain's grace period.
 // Orderings: (dt1) an entry is published with release and (dt2) loaded with acquire.
 //
-// Cost of a range: the entries of the tables that lie in it; an empty stretch of any size is one entry of an upper table.
+// Cost of a range: the entries of the tables that lie in it; an empty stretch of any size is one entry of an upper
+// table.
 
 #include <algorithm>
 #include <atomic>
@@ -122,9 +124,9 @@ class direct_tables {
     }
   }
 
-  /// Effects: no leaf maps a frame of [first, last). Tables that are empty then are in `removed`, to be used again after
-  /// a flush. Calls dropped(gfn, level, entry) for each leaf. Returns: whether there was one.
-  /// Context: the lock, exclusive.
+  /// Effects: no leaf maps a frame of [first, last). Tables that are empty then are in `removed`, to be used again
+  /// after a flush. Calls dropped(gfn, level, entry) for each leaf. Returns: whether there was one. Context: the lock,
+  /// exclusive.
   template <class F>
   bool zap(gfn first, gfn last, table_stock& removed, F&& dropped) noexcept {
     return zap(root_, levels, {0}, first, last, removed, dropped);

@@ -150,9 +150,9 @@ class shadow_mmu {
     errc error = errc::ok;  ///< again: the ring had no place for some frames: harvest_writes, once
     std::size_t count = 0;
   };
-  /// Effects: out[0] and on are frames of the slot that were written since they were harvested last; they count as clean
-  /// from now on. Cost: what was written. Errors: not_registered (no such slot), disabled (it keeps no ring), again; the
-  /// log is as before then.
+  /// Effects: out[0] and on are frames of the slot that were written since they were harvested last; they count as
+  /// clean from now on. Cost: what was written. Errors: not_registered (no such slot), disabled (it keeps no ring),
+  /// again; the log is as before then.
   written_frames harvest_ring(unsigned id, std::span<gfn> out) noexcept {
     const std::lock_guard locked{tables_.lock()};
     memslot* const slot = memslots::find_id(slots_.current(), id);
