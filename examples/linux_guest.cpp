@@ -5,13 +5,15 @@
 // The page tables of a running Linux were captured with everything that they map. Here several vCPUs touch every one
 // of these translations, and others, through a shadow MMU, while the primary MMU swaps, migrates, protects, unmaps,
 // moves and re-maps the memory behind them as fast as it can, and the shadow MMU itself is unregistered and registered
-// again. Each access is judged in guest mode against what must be there (guest.hpp).
+// again. Meanwhile its owner logs the guest's writes, harvests the log, and throws all shadow tables away. Each access
+// is judged in guest mode against what must be there (guest.hpp).
 //
 // Exit status: 0 nothing was wrong, 1 something was, 2 bad options or an unusable capture.
 
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <bit>
 #include <charconv>
 #include <chrono>
 #include <cstdint>
@@ -127,7 +129,7 @@ class translation_list {
 /// What the threads count.
 struct tally {
   std::atomic<std::uint64_t> accesses{0}, mismatches{0}, guest_faults{0}, refused{0}, tracked{0}, released{0},
-      starved{0}, changes{0}, detached{0};
+      starved{0}, changes{0}, detached{0}, harvested{0};
 };
 
 template <class Mode>
@@ -155,6 +157,7 @@ class show {
     for (std::uint64_t i = 0; i < options_.vcpus; ++i) vcpus.emplace_back([this, i] { run_vcpu(i); });
     for (std::uint64_t i = 0; i < options_.changers; ++i) others.emplace_back([this, i] { run_changer(i); });
     others.emplace_back([this] { run_detacher(); });
+    others.emplace_back([this] { run_owner(); });
     watch();
     for (auto& t : vcpus) t.join();
     stop_.store(true);
@@ -408,6 +411,31 @@ class show {
     }
   }
 
+  // --- The owner of the VM. -----------------------------------------------------------------------------------------
+
+  /// As in a live migration that is begun, goes on for a while, and is given up.
+  void run_owner() {
+    constexpr x86::dirty_tracking ways[] = {x86::dirty_tracking::write_protect, x86::dirty_tracking::dirty_bits,
+                                            x86::dirty_tracking::off};
+    std::vector<std::uint64_t> words(x86::dirty_log::words_for(machine_.pages()));
+    random_source random(options_.seed * 31);
+    std::uint64_t next = 2048;
+    for (std::uint64_t round = 0; !stop_.load(std::memory_order_relaxed); ++round) {
+      while (tally_.accesses.load(std::memory_order_relaxed) < next && !stop_.load(std::memory_order_relaxed)) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      }
+      next = tally_.accesses.load(std::memory_order_relaxed) + 1000;
+      const x86::dirty_tracking way = ways[round / 8 % 3];
+      if (round % 8 == 0 && mmu_.log_writes(0, way) != errc::ok) mismatch({}, "the guest's writes cannot be logged");
+      if (way != x86::dirty_tracking::off) {
+        if (mmu_.harvest_writes(0, words) != errc::ok) mismatch({}, "the log of writes cannot be harvested");
+        for (const std::uint64_t w : words) tally_.harvested += static_cast<std::uint64_t>(std::popcount(w));
+      }
+      if (random.one_in(32)) mmu_.zap_all();
+      static_cast<void>(mmu_.clear_young({guest::ram_base, UINTPTR_MAX}));
+    }
+  }
+
   // --- Watching.
   // ------------------------------------------------------------------------------------------------------
 
@@ -477,6 +505,9 @@ class show {
     row("fault retries", shadow.retries);
     row("leaves installed", shadow.installs);
     row("zaps", shadow.zapped);
+    row("frames harvested as written", tally_.harvested.load());
+    row("  made writable without the lock", shadow.fast_writes);
+    row("known for MMIO without a walk", shadow.mmio_hits);
     row("remote flushes", shadow.flushes);
     row("changes by the primary", tally_.changes.load());
     row("  swapped out", primary.swapped_out);

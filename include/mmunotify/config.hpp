@@ -167,6 +167,17 @@ enum class mutation : int {
   device_copied_early = 57,     ///< a device's page is copied back before the bracket
   reap_despite_refusal = 58,    ///< what a client refused to let go is reaped
   collapse_despite_loans = 59,  ///< pages on loan are collapsed
+  // secondary/x86/, the shadow side.
+  no_shadow_flush = 60,      ///< shadow_tables::commit does not flush
+  no_write_tracking = 61,    ///< a guest table is shadowed while it is mapped writable
+  half_written_zap = 62,     ///< a guest write over two entries zaps the first one's shadow
+  stale_mmio = 63,           ///< an MMIO entry is good in every generation of the slots
+  mark_before_upgrade = 64,  ///< a fast write marks the frame before its leaf is writable
+  weak_downgrade = 65,       ///< a write-protecting bracket leaves dirty-log upgrades possible
+  wide_root_key = 66,        ///< a root is remembered by CR3 alone
+  large_over_table = 67,     ///< a large leaf may hold a shadowed table
+  no_entry_recheck = 68,     ///< guest entries are not read again under the lock
+  stale_sync = 69,           ///< a table that the guest wrote freely is taken for unchanged
 };
 
 /// True in the build that has this one protection removed.

@@ -90,7 +90,7 @@ TEST_CASE("K1: a pinned frame stands until a bracket over its page, and no brack
   CHECK_FALSE(p.stands_locked(f.b));
   f.window.end(x86::page_range(p.at().address));
   REQUIRE(p.pin(f.b, {1}, false) == errc::ok);
-  REQUIRE(f.slots.move(1, {100}, f.lock, [](x86::memslot&) {}) == errc::ok);
+  REQUIRE(f.slots.move(1, {100}, f.lock, [](x86::memslot*, std::uint64_t) {}) == errc::ok);
   CHECK_FALSE(p.stands_locked(f.b));
 }
 

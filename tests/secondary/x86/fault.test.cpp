@@ -315,3 +315,147 @@ TEST_CASE("what the host refuses comes back as the outcome, and leaves nothing b
   CHECK(f.cpu.prefault(va, access::read) == outcome{.what = outcome::not_mapped, .address = {machine::pages << 12}});
   f.check();
 }
+
+// --- Large leaves. ---------------------------------------------------------------------------------------------------
+
+namespace {
+/// A slot of 3 MiB + 1 GiB; a run of 2 MiB of the host at guest frame 1024, mapped at 0x40000000 by a 2 MiB guest leaf.
+struct large_fixture : machine {
+  static constexpr gva at{0x40000000};
+  static constexpr gpa base{1024 * page_size};
+  static constexpr hva run = ram_base + base.value;
+  cpu_type cpu{mmu};
+
+  large_fixture() : machine(4096) {
+    host.place_run(run, 21, 512);
+    map(at, base, rwu | used, 2);
+    CHECK(cpu.set_cr3(root) == errc::ok);
+  }
+  std::uint64_t large() { return mmu.statistics().large; }
+  std::byte* now(gpa a) { return host.bytes(host_of(a)); }
+  void check() {
+    const char* broken = mmu.verify();
+    CHECK(std::string(broken != nullptr ? broken : "") == "");
+  }
+};
+}  // namespace
+
+TEST_CASE("a large guest page on a large host page is one leaf, and each of its bytes is reached") {
+  large_fixture f;
+  CHECK(touch(f.cpu, f.at + 0x12345, access::write).at == f.now(f.base + 0x12345));
+  CHECK(f.large() == 1);
+  const auto faults = f.mmu.statistics().faults;
+  for (std::uint64_t i = 0; i < 512; i += 7) {
+    CHECK(touch(f.cpu, f.at + i * page_size + i, access::write).at == f.now(f.base + i * page_size + i));
+  }
+  CHECK(f.mmu.statistics().faults == faults);
+  CHECK(f.mmu.statistics().installs == 1);
+  f.check();
+}
+
+TEST_CASE("K3: a bracket over one byte of a large leaf takes all of it down") {
+  large_fixture f;
+  REQUIRE(touch(f.cpu, f.at, access::write).result.what == outcome::done);
+  const auto last = static_cast<std::uintptr_t>((f.run + 511 * page_size + 4095).value);
+  f.start({last, last + 1});
+  CHECK_FALSE(f.cpu.hits(f.at, access::read));
+  f.check();
+  f.host.split_run(f.run);
+  f.host.migrate(f.run + 511 * page_size);
+  f.end({last, last + 1});
+  CHECK(touch(f.cpu, f.at + 511 * page_size, access::write).at == f.now(f.base + 511 * page_size));
+  CHECK(touch(f.cpu, f.at, access::write).at == f.now(f.base));
+  CHECK(f.large() == 1);
+  f.check();
+}
+
+TEST_CASE("K1: a large leaf is not installed over a bracket that touched a part of it, a small one is") {
+  large_fixture f;
+  f.host.keep = true;
+  bool done = false;
+  f.host.during_pin = [&](hva a, bool) {
+    if (a != f.run || std::exchange(done, true)) return;
+    const hva other = f.run + 100 * page_size;
+    f.start(x86::page_range(other));
+    f.host.split_run(f.run);
+    f.host.migrate(other);
+    f.end(x86::page_range(other));
+    f.host.runs[f.run.value] = 21;  // what the fault will be told is stale
+  };
+  CHECK(f.cpu.prefault(f.at, access::write).what == outcome::done);
+  CHECK(done);
+  f.host.during_pin = nullptr;
+  f.host.split_run(f.run);
+  CHECK(f.large() == 0);
+  CHECK(touch(f.cpu, f.at + 100 * page_size, access::read).at == f.now(f.base + 100 * page_size));
+  f.check();
+}
+
+TEST_CASE("a large leaf gives way to a guest table in it, and comes back when the table is none any more") {
+  large_fixture f;
+  REQUIRE(touch(f.cpu, f.at, access::write).result.what == outcome::done);
+  CHECK(f.large() == 1);
+  // A page table in the middle of the large page.
+  const gpa table = f.base + 77 * page_size;
+  const gpa upper = f.entry_at({0x600000}, 2, f.root);
+  CHECK(f.write64(upper, table.value | rwu) == errc::ok);
+  CHECK(f.write64(table, 0x5000 | rwu) == errc::ok);
+  CHECK(touch(f.cpu, {0x600000}, access::read).at == f.now({0x5000}));
+  f.check();
+  CHECK_FALSE(f.cpu.hits(f.at, access::read));
+  CHECK(touch(f.cpu, f.at + 77 * page_size, access::write).result.what == outcome::write_tracked);
+  CHECK(touch(f.cpu, f.at, access::write).at == f.now(f.base));
+  CHECK(f.large() == 1);
+  f.check();
+  for (unsigned i = 0; i <= x86::shadow_tables::write_flood; ++i) CHECK(f.write64(table + 8 * i, 0) == errc::ok);
+  f.start(x86::page_range(f.run));
+  f.end(x86::page_range(f.run));
+  CHECK(touch(f.cpu, f.at, access::write).at == f.now(f.base));
+  CHECK(f.large() == 2);
+  f.check();
+}
+
+TEST_CASE("a leaf is as large as guest, host and slot allow, level by level") {
+  large_fixture f;
+  f.map({0x8000000000}, {0}, rwu | used, 3);  // 1 GiB of the guest, the slot is smaller
+  CHECK(touch(f.cpu, gva{0x8000000000} + f.base.value, access::read).at == f.now(f.base));
+  CHECK(f.large() == 1);
+  CHECK(touch(f.cpu, {0x8000005000}, access::read).at == f.now({0x5000}));
+  CHECK(f.large() == 1);
+  // A small guest page on a large host page stays small.
+  f.map({0x700000}, f.base + 5 * page_size, rwu | used);
+  CHECK(touch(f.cpu, {0x700000}, access::read).at == f.now(f.base + 5 * page_size));
+  CHECK(f.large() == 1);
+  f.check();
+}
+
+TEST_CASE("one gigabyte is one leaf") {
+  machine m;
+  constexpr std::uint64_t gib_frames = 512 * 512;
+  const hva far = ram_base + (std::uint64_t{1} << 40);
+  m.host.place_run(far, 30, 600);
+  REQUIRE(m.mmu.add_slot({.id = 2, .base = {4 * gib_frames}, .pages = gib_frames, .host = far}) == errc::ok);
+  m.map({0x8000000000}, {4 * gib_frames * page_size}, rwu | used, 3);
+  cpu_type cpu{m.mmu};
+  REQUIRE(cpu.set_cr3(m.root) == errc::ok);
+  CHECK(touch(cpu, {0x8000000000}, access::write).at == m.host.bytes(far));
+  CHECK(touch(cpu, {0x8000000000 + 599 * 4096 + 8}, access::write).at == m.host.bytes(far + 599 * page_size + 8));
+  CHECK(m.mmu.statistics().installs == 1);
+  CHECK(m.mmu.page_count() == 2);
+  CHECK(m.mmu.verify() == nullptr);
+  const auto h = static_cast<std::uintptr_t>(far.value);
+  m.start({h + (1 << 29), h + (1 << 29) + 1});
+  CHECK_FALSE(cpu.hits({0x8000000000}, access::read));
+  m.end({h + (1 << 29), h + (1 << 29) + 1});
+}
+
+TEST_CASE("K2: the table of a walk whose slot goes meanwhile is not shadowed") {
+  fixture f;
+  CHECK(f.mmu.add_slot({.id = 2, .base = {1000}, .pages = 8, .host = ram_base + 50 * page_size}) == errc::ok);
+  const gpa upper = f.entry_at(va, 2, f.root);
+  CHECK(f.write64({1000 * page_size + x86::long_mode_4::index(va, 1) * 8}, data_page.value | rwu) == errc::ok);
+  CHECK(f.write64(upper, (1000 * page_size) | rwu) == errc::ok);
+  f.when_pinned(data_page, [&] { CHECK(f.mmu.remove_slot(2) == errc::ok); });
+  CHECK(f.cpu.prefault(va, access::read).what == outcome::again);
+  f.check();
+}

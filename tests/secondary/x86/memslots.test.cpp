@@ -17,7 +17,7 @@ using x86::memslots;
 
 namespace {
 constexpr hva host{0x10000000};
-const auto nothing = [](memslot&) {};
+const auto nothing = [](memslot*, std::uint64_t) {};
 
 struct fixture {
   srcu_domain domain;
@@ -88,12 +88,13 @@ TEST_CASE("a slot that goes is zapped under the lock while readers still see it,
   fixture f;
   REQUIRE(f.slots.add({.id = 1, .base = {10}, .pages = 4, .host = host}, f.lock) == errc::ok);
   int zaps = 0;
-  const auto zap = [&](memslot& s) {
+  const auto zap = [&](memslot* going, std::uint64_t generation) {
     ++zaps;
+    CHECK(generation == f.slots.current().generation() + 1);
     bool taken = false;
     std::thread([&] { taken = f.lock.try_lock(); }).join();
     CHECK_FALSE(taken);
-    CHECK(f.slots.current().find(s.config().base) == &s);
+    CHECK(f.slots.current().find(going->config().base) == going);
   };
   CHECK(f.slots.move(1, {12}, f.lock, zap) == errc::ok);  // onto its own old frames
   CHECK(zaps == 1);

@@ -86,6 +86,26 @@ class scripted_host {
     frames[old]->bytes.fill(std::byte{0x6b});
     return fresh;
   }
+  /// Aligned frames with consecutive numbers for 2^shift bytes; those that are `touched` (from the first on) exist.
+  void place_run(hva first, unsigned shift, std::uint64_t touched) {
+    const std::uint64_t n = std::uint64_t{1} << (shift - page_shift);
+    next_number = (next_number + 2 * n) & ~(n - 1);
+    for (std::uint64_t i = 0; i < n && i < touched; ++i) frames[next_number + i] = std::make_unique<frame>();
+    for (std::uint64_t i = 0; i < n && i < touched; ++i) pages[first.value + i * page_size] = next_number + i;
+    next_number += n;
+    runs[first.value] = shift;
+  }
+  /// The run falls apart: its frames stay, but may be replaced one by one.
+  void split_run(hva first) { runs.erase(first.value); }
+
+  unsigned mapping_shift(hva a) noexcept {
+    for (const unsigned shift : {30U, 21U}) {
+      const auto run = runs.find(a.value >> shift << shift);
+      if (run != runs.end() && run->second == shift) return shift;
+    }
+    return page_shift;
+  }
+
   void remove(hva page) { pages.erase(page.value); }
   pfn at(hva page) const { return {pages.at(page.value)}; }
   bool has(hva page) const { return pages.count(page.value) != 0; }
@@ -101,6 +121,7 @@ class scripted_host {
   bool keep = false;  ///< the script runs at every pin, not only at the next
   std::map<std::uint64_t, std::unique_ptr<frame>> frames;
   std::map<std::uint64_t, std::uint64_t> pages;  ///< host page -> frame
+  std::map<std::uint64_t, unsigned> runs;        ///< first host page of a run -> its shift
   std::map<std::uint64_t, long> pins;
   std::uint64_t next_number = 0xabcde;
 
@@ -114,7 +135,7 @@ class scripted_host {
   }
 };
 
-static_assert(frame_provider<scripted_host>);
+static_assert(frame_provider<scripted_host> && x86::large_frame_provider<scripted_host>);
 
 using mmu_type = x86::shadow_mmu<scripted_host>;
 using cpu_type = x86::vcpu<mmu_type>;
@@ -125,11 +146,11 @@ struct machine {
   static constexpr std::uint64_t first_table = 32;
 
   scripted_host host;
-  mmu_type mmu{host};
+  mmu_type mmu;
   std::uint64_t next_table = first_table;
   std::uint64_t root = new_table();
 
-  explicit machine(std::uint64_t slot_pages = pages) {
+  explicit machine(std::uint64_t slot_pages = pages, const x86::mmu_options& o = {}) : mmu(host, o) {
     for (std::uint64_t i = 0; i < pages; ++i) host.place(ram_base + i * page_size);
     slot_error = mmu.add_slot({.id = 1, .base = {0}, .pages = slot_pages, .host = ram_base});
   }
@@ -160,8 +181,8 @@ struct machine {
     static_cast<void>(write64(where, to.value | bits | (level > 1 ? pte::large : 0)));
     return where;
   }
-  void start(range r) { mmu.invalidate_range_start({.range = r}); }
-  void end(range r) { mmu.invalidate_range_end({.range = r}); }
+  void start(range r, event e = event::unmap) { mmu.invalidate_range_start({.range = r, .event = e}); }
+  void end(range r, event e = event::unmap) { mmu.invalidate_range_end({.range = r, .event = e}); }
   /// A whole bracket that replaces the frame behind the page.
   void migrate(gpa page) {
     const range r = x86::page_range(host_of(page));
@@ -176,8 +197,8 @@ struct seen {
   outcome result;
   std::byte* at = nullptr;
 };
-template <class Cpu>
-seen touch(Cpu& cpu, gva a, access how) {
+template <class Cpu, class Address = gva>
+seen touch(Cpu& cpu, Address a, access how) {
   seen s;
   s.result = cpu.access(a, how, [&](std::byte* at) noexcept { s.at = at; });
   return s;

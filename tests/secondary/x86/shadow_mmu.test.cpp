@@ -163,6 +163,208 @@ TEST_CASE("a write to a read-only slot is the caller's, a read is not") {
   CHECK(f.mmu.verify() == nullptr);
 }
 
+TEST_CASE("O1: a bracket that withdraws write access leaves mappings that are read, and none that is written") {
+  for (const event e : {event::protection_page, event::soft_dirty}) {
+    fixture f;
+    cpu_type other{f.mmu};
+    REQUIRE(other.set_cr3(f.root) == errc::ok);
+    REQUIRE(touch(f.cpu, va, access::write).result.what == outcome::done);
+    REQUIRE(touch(other, va, access::write).result.what == outcome::done);
+    const auto zapped = f.mmu.statistics().zapped;
+    f.start(f.bytes_of(page), e);
+    CHECK(f.mmu.verify() == nullptr);
+    CHECK(f.cpu.hits(va, access::read));
+    CHECK(other.hits(va, access::read));
+    CHECK_FALSE(f.cpu.hits(va, access::write));
+    CHECK_FALSE(other.hits(va, access::write));
+    CHECK(f.cpu.prefault(va, access::write).what == outcome::again);
+    f.host.read_only[f.host_of(page).value] = true;
+    f.end(f.bytes_of(page), e);
+    CHECK(f.mmu.statistics().zapped == zapped);
+    CHECK(f.mmu.statistics().downgraded == 1);
+    CHECK(touch(f.cpu, va, access::write).result.what == outcome::not_mapped);
+    CHECK(touch(other, va, access::read).at == f.now(page));
+    CHECK(f.mmu.verify() == nullptr);
+  }
+}
+
+TEST_CASE("O1: a withdrawn right to write comes back by a fault alone, also where writes are logged") {
+  fixture f;
+  REQUIRE(f.mmu.log_writes(1, x86::dirty_tracking::write_protect) == errc::ok);
+  REQUIRE(touch(f.cpu, va, access::write).result.what == outcome::done);
+  std::array<std::uint64_t, 1> words{};
+  REQUIRE(f.mmu.harvest_writes(1, words) == errc::ok);  // now only the log withholds the right
+  f.start(f.bytes_of(page), event::soft_dirty);
+  CHECK_FALSE(f.cpu.hits(va, access::write));
+  CHECK(f.mmu.verify() == nullptr);
+  f.end(f.bytes_of(page), event::soft_dirty);
+  const auto faults = f.mmu.statistics().faults;
+  CHECK(touch(f.cpu, va, access::write).at == f.now(page));
+  CHECK(f.mmu.statistics().faults == faults + 1);
+}
+
+TEST_CASE("O1: every other event takes mappings down, and the owner says which do not") {
+  for (unsigned i = 0; i < event_count; ++i) {
+    const auto e = static_cast<event>(i);
+    fixture f;
+    REQUIRE(touch(f.cpu, va, access::write).result.what == outcome::done);
+    f.start(f.bytes_of(page), e);
+    CHECK(f.cpu.hits(va, access::read) == (e == event::protection_page || e == event::soft_dirty));
+    f.end(f.bytes_of(page), e);
+    mmu_type strict{f.host, {.downgrades = {}}};
+    mmu_type mild{f.host, {.downgrades = {event::protection_vma}}};
+    for (mmu_type* mmu : {&strict, &mild}) {
+      REQUIRE(mmu->add_slot({.id = 1, .base = {0}, .pages = machine::pages, .host = ram_base}) == errc::ok);
+      cpu_type cpu{*mmu};
+      REQUIRE(cpu.set_cr3(f.root) == errc::ok);
+      REQUIRE(touch(cpu, va, access::write).result.what == outcome::done);
+      mmu->invalidate_range_start({.range = f.bytes_of(page), .event = e});
+      CHECK(cpu.hits(va, access::read) == (mmu == &mild && e == event::protection_vma));
+      CHECK_FALSE(cpu.hits(va, access::write));
+      CHECK(mmu->verify() == nullptr);
+      mmu->invalidate_range_end({.range = f.bytes_of(page), .event = e});
+    }
+  }
+}
+
+TEST_CASE(
+    "O1: a frame that is replaced in place is read through the old one, then through the new one, and not faulted on") {
+  fixture f;
+  f.map({0x800000}, page, rwu | used);
+  cpu_type other{f.mmu};
+  REQUIRE(other.set_cr3(f.root) == errc::ok);
+  for (const gva a : {va, gva{0x800000}}) REQUIRE(touch(f.cpu, a, access::write).result.what == outcome::done);
+  REQUIRE(touch(other, va, access::read).result.what == outcome::done);
+  const auto before = f.mmu.statistics();
+  const invalidation bracket{.range = f.bytes_of(page), .event = event::clear, .in_place = true};
+  std::byte* const old = f.now(page);
+  f.mmu.invalidate_range_start(bracket);
+  CHECK_FALSE(f.cpu.hits(va, access::write));
+  CHECK(touch(other, va, access::read).at == old);
+  CHECK(f.mmu.verify() == nullptr);
+  const pfn fresh = f.host.migrate(f.host_of(page));
+  f.mmu.change_entry({.range = f.bytes_of(page), .frame = fresh, .writable = true});
+  CHECK(touch(other, va, access::read).at == f.now(page));
+  CHECK(touch(f.cpu, {0x800000}, access::read).at == f.now(page));
+  CHECK_FALSE(f.cpu.hits(va, access::write));
+  CHECK(f.mmu.verify() == nullptr);
+  f.mmu.invalidate_range_end(bracket);
+  CHECK(f.mmu.statistics().faults == before.faults);
+  CHECK(f.mmu.statistics().zapped == before.zapped);
+  CHECK(f.mmu.statistics().changed == 2);
+  CHECK(touch(f.cpu, va, access::write).at == f.now(page));
+  CHECK(f.mmu.verify() == nullptr);
+}
+
+TEST_CASE("O1: a replaced part of a large leaf takes it down, a frame that does not fit is not mapped") {
+  machine m(2048);
+  const hva run = ram_base + 1024 * page_size;
+  m.host.place_run(run, 21, 512);
+  m.map({0x40000000}, {1024 * page_size}, rwu | used, 2);
+  m.map(va, page, rwu | used);
+  cpu_type cpu{m.mmu};
+  REQUIRE(cpu.set_cr3(m.root) == errc::ok);
+  REQUIRE(touch(cpu, {0x40000000}, access::write).result.what == outcome::done);
+  REQUIRE(touch(cpu, va, access::write).result.what == outcome::done);
+  const invalidation bracket{.range = x86::page_range(run + 7 * page_size), .event = event::clear, .in_place = true};
+  m.mmu.invalidate_range_start(bracket);
+  CHECK(cpu.hits({0x40000000}, access::read));
+  m.host.split_run(run);
+  m.mmu.change_entry({.range = bracket.range, .frame = m.host.migrate(run + 7 * page_size)});
+  CHECK_FALSE(cpu.hits({0x40000000}, access::read));
+  m.mmu.invalidate_range_end(bracket);
+  CHECK(touch(cpu, {0x40007000}, access::read).at == m.host.bytes(run + 7 * page_size));
+  const range r = x86::page_range(ram_base + page.value);
+  m.mmu.invalidate_range_start({.range = r, .in_place = true});
+  m.mmu.change_entry({.range = r, .frame = {x86::shadow_entry::frame_limit}});
+  CHECK_FALSE(cpu.hits(va, access::read));
+  m.mmu.invalidate_range_end({.range = r, .in_place = true});
+  CHECK(m.mmu.verify() == nullptr);
+}
+
+TEST_CASE("an access to a frame in no slot is known for MMIO, until the slots or the guest's tables change") {
+  fixture f;
+  constexpr std::uint64_t mmio = 1000 * page_size;
+  const gpa leaf = f.map(va, {mmio}, rwu | used);
+  const outcome expected{.what = outcome::not_mapped, .address = {mmio + 0x123}};
+  CHECK(touch(f.cpu, va + 0x123, access::write).result == expected);
+  const auto faults = f.mmu.statistics().faults;
+  CHECK(touch(f.cpu, va + 0x123, access::write).result == expected);
+  CHECK(touch(f.cpu, va + 0x123, access::read).result == expected);
+  CHECK(f.mmu.statistics().faults == faults);
+  CHECK(f.mmu.statistics().mmio_hits == 2);
+  CHECK(f.mmu.verify() == nullptr);
+  SUBCASE("a slot that covers it is found") {
+    CHECK(f.mmu.add_slot({.id = 2, .base = {1000}, .pages = 1, .host = f.host_of(page)}) == errc::ok);
+    CHECK(touch(f.cpu, va + 0x123, access::write).at == f.now(page + 0x123));
+    CHECK(f.mmu.verify() == nullptr);
+    CHECK(f.mmu.remove_slot(2) == errc::ok);
+    CHECK(touch(f.cpu, va + 0x123, access::write).result == expected);
+  }
+  SUBCASE("a slot elsewhere makes it look again, once") {
+    CHECK(f.mmu.add_slot({.id = 2, .base = {5000}, .pages = 1, .host = f.host_of(page)}) == errc::ok);
+    CHECK(touch(f.cpu, va + 0x123, access::write).result == expected);
+    CHECK(touch(f.cpu, va + 0x123, access::write).result == expected);
+    CHECK(f.mmu.statistics().faults == faults + 1);
+  }
+  SUBCASE("the guest maps memory there") {
+    CHECK(f.write64(leaf, page.value | rwu) == errc::ok);
+    CHECK(touch(f.cpu, va + 0x123, access::write).at == f.now(page + 0x123));
+  }
+  SUBCASE("rights are the guest's") {
+    CHECK(f.write64(leaf, mmio | pte::present | used) == errc::ok);
+    CHECK(touch(f.cpu, va, access::read).result.what == outcome::not_mapped);
+    CHECK(touch(f.cpu, va, access::write).result.what == outcome::page_fault);
+    f.cpu.set_cpl(3);
+    CHECK(touch(f.cpu, va, access::read).result.what == outcome::page_fault);
+  }
+  SUBCASE("through a large guest leaf") {
+    f.map({0x40000000}, {4096 * page_size}, rwu | used, 2);
+    for (int i = 0; i < 2; ++i) {
+      CHECK(touch(f.cpu, {0x40003456}, access::read).result ==
+            outcome{.what = outcome::not_mapped, .address = {4096 * page_size + 0x3456}});
+    }
+    CHECK(f.mmu.statistics().mmio_hits == 3);
+  }
+  CHECK(f.mmu.verify() == nullptr);
+}
+
+TEST_CASE("what is known for MMIO is forgotten before its generation comes round again") {
+  fixture f;
+  constexpr std::uint64_t mmio = 1000 * page_size;
+  f.map(va, {mmio}, rwu | used);
+  CHECK(touch(f.cpu, va, access::read).result.what == outcome::not_mapped);
+  CHECK(f.mmu.add_slot({.id = 2, .base = {5000}, .pages = 1, .host = f.host_of(page)}) == errc::ok);
+  // The last update of the round puts a slot over the frame: it has the generation of the entry, modulo the round.
+  for (std::uint64_t i = 0; i < x86::shadow_entry::mmio_generations - 2; ++i) {
+    REQUIRE(f.mmu.move_slot(2, {5000 + i % 2}) == errc::ok);
+  }
+  REQUIRE(f.mmu.move_slot(2, {1000}) == errc::ok);
+  CHECK(touch(f.cpu, va, access::read).at == f.now(page));
+  CHECK(f.mmu.verify() == nullptr);
+}
+
+TEST_CASE("zapping everything goes by generation: nothing old is used from its first step on") {
+  fixture f;
+  for (std::uint64_t i = 0; i < 20; ++i) f.map(gva{(i + 16) << 21}, {(i % 8) * page_size});
+  cpu_type other{f.mmu};
+  REQUIRE(other.set_cr3(f.root) == errc::ok);
+  for (std::uint64_t i = 0; i < 20; ++i)
+    REQUIRE(touch(f.cpu, gva{(i + 16) << 21}, access::read).result.what == outcome::done);
+  REQUIRE(touch(other, va, access::write).result.what == outcome::done);
+  CHECK(f.mmu.page_count() > 20);
+  f.mmu.zap_all();
+  CHECK(f.mmu.page_count() == 0);
+  CHECK_FALSE(f.cpu.hits(va, access::read));
+  CHECK_FALSE(other.hits(va, access::read));
+  CHECK(f.mmu.verify() == nullptr);
+  CHECK(touch(other, va, access::write).at == f.now(page));
+  CHECK(f.mmu.verify() == nullptr);
+  f.mmu.zap_all();
+  f.mmu.zap_all();
+  CHECK(touch(f.cpu, va, access::write).at == f.now(page));
+}
+
 TEST_CASE("removing and moving a slot takes down what maps it, and bad slots change nothing") {
   fixture f;
   REQUIRE(touch(f.cpu, va, access::read).result.what == outcome::done);
@@ -244,7 +446,7 @@ TEST_CASE("K6: an MMU that is destroyed before its vCPUs is reported") {
 TEST_CASE("few shadow pages are enough, only slower") {
   for (const std::size_t limit : {std::size_t{0}, std::size_t{7}, std::size_t{10}}) {
     machine m;
-    x86::shadow_mmu<scripted_host> small(m.host, limit);
+    x86::shadow_mmu<scripted_host> small(m.host, {.max_pages = limit});
     REQUIRE(small.add_slot({.id = 1, .base = {0}, .pages = machine::pages, .host = ram_base}) == errc::ok);
     x86::vcpu cpu{small};
     REQUIRE(cpu.set_cr3(m.root) == errc::ok);
@@ -285,7 +487,7 @@ namespace {
 struct raw_memory {
   machine& m;
   bool read_entry(gpa where, std::uint64_t& value) noexcept {
-    if (frame_of(where).value >= machine::pages) return false;
+    if (!m.host.has(machine::host_of(where.page()))) return false;
     value = m.read64(where);
     return true;
   }
@@ -293,13 +495,19 @@ struct raw_memory {
 
 struct random_guest {
   static constexpr std::uint64_t tables = 12;  ///< page tables at guest frames 32 to 43, roots at the first two
+  static constexpr std::uint64_t slot_pages = 1536;
+  static constexpr std::uint64_t run = 512;  ///< guest frames 512 to 1023 are one large page of the host, at first
   machine m;
   cpu_type cpus[2]{cpu_type{m.mmu}, cpu_type{m.mmu}};
   std::mt19937_64 random;
-  std::uint64_t done = 0, tracked = 0, faulted = 0, refused = 0;
+  std::uint64_t done = 0, tracked = 0, faulted = 0, refused = 0, harvested = 0, freely = 0;
+  std::uint64_t* pending = nullptr;  ///< an entry that the guest may write without being noticed
+  bool logging = false;
+  std::set<std::uint64_t> written;  ///< since the last harvest
   std::set<std::uint64_t> was_rom;  ///< walks through these may have left no traces
 
-  explicit random_guest(std::uint64_t s) : random(s) {
+  random_guest(std::uint64_t s, bool unsync) : m(slot_pages, {.unsync = unsync}), random(s) {
+    m.host.place_run(machine::host_of({run * page_size}), 21, 512);
     for (auto& cpu : cpus) CHECK(cpu.set_cr3(32 * page_size) == errc::ok);
     for (int i = 0; i < 60; ++i) write_entry();
   }
@@ -311,24 +519,37 @@ struct random_guest {
     return {a | below(page_size)};
   }
   std::uint64_t random_entry() {
-    std::uint64_t e = (chance(70) ? 32 + below(tables) : below(machine::pages + 2)) << 12;
-    if (chance(90)) e |= pte::present;
-    if (chance(80)) e |= pte::writable;
-    if (chance(80)) e |= pte::user;
+    std::uint64_t e = (chance(75) ? 32 + below(tables) : chance(70) ? some_frame() : 3000 + below(2)) << 12;
+    if (chance(96)) e |= pte::present;
+    if (chance(92)) e |= pte::writable;
+    if (chance(95)) e |= pte::user;
     if (chance(40)) e |= pte::accessed;
     if (chance(40)) e |= pte::dirty;
-    if (chance(10)) e |= pte::no_execute;
-    if (chance(8)) e = (e & ~pte::address) | pte::large;
+    if (chance(5)) e |= pte::no_execute;
+    if (chance(8)) e = (e & ~pte::address) | pte::large | (chance(70) ? run << 12 : 0);
     return e;
   }
   void write_entry() {
     const gpa where{(32 + below(tables)) * page_size + below(3) * 8};
     m.host.read_only.erase(machine::host_of(where.page()).value);  // rights that grow need no bracket
+    written.insert(frame_of(where).value);
     CHECK(m.write64(where, random_entry()) == errc::ok);
+  }
+  std::uint64_t some_frame() { return chance(70) ? below(machine::pages) : run + below(512); }
+  /// The large page of the host comes back, in other frames.
+  void host_collapses() {
+    const hva at = machine::host_of({run * page_size});
+    const auto h = static_cast<std::uintptr_t>(at.value);
+    const range r{h, h + 512 * page_size};
+    m.start(r);
+    for (std::uint64_t i = 0; i < 512; ++i) m.host.read_only.erase(at.value + i * page_size);
+    m.host.place_run(at, 21, 512);
+    m.end(r);
   }
   void host_changes(std::uint64_t frame) {
     const hva at = machine::host_of({frame * page_size});
     m.start(x86::page_range(at));
+    if (frame >= run) m.host.split_run(machine::host_of({run * page_size}));
     m.host.migrate(at);
     if (chance(20)) {
       was_rom.insert(frame);
@@ -353,12 +574,44 @@ struct random_guest {
                                      access::implicit_write};
     const gva a = address();
     const x86::access how = kinds[below(5)];
-    if (chance(15)) m.host.during_pin = [&](hva, bool) { host_changes(below(machine::pages)); };
+    if (chance(15)) m.host.during_pin = [&](hva, bool) { host_changes(some_frame()); };
     const seen s = touch(cpu, a, how);
     m.host.during_pin = nullptr;
+    if (s.at != nullptr && x86::is_write(how)) wrote_freely(s);
     raw_memory raw{m};
     const auto expected = x86::guest_walker<x86::long_mode_4>(cpu.registers()).translate(raw, a, how);
     compare(s, expected, how);
+    flush_pending();
+  }
+
+  /// A write may be to a table of the guest's own; it changes an entry there after the access was judged, and flushes.
+  void wrote_freely(const seen& s) {
+    for (std::uint64_t t = 0; t < tables; ++t) {
+      std::byte* const table = m.host.bytes(machine::host_of({(32 + t) * page_size}));
+      if (s.at < table || s.at >= table + page_size) continue;
+      pending = reinterpret_cast<std::uint64_t*>(table) + below(3);
+    }
+  }
+  void flush_pending() {
+    if (pending == nullptr) return;
+    std::atomic_ref<std::uint64_t>(*pending).store(random_entry());
+    pending = nullptr;
+    ++freely;
+    for (auto& cpu : cpus) {
+      switch (below(3)) {
+        case 0: cpu.flush_tlb(); break;
+        case 1: REQUIRE(cpu.set_cr3(cpu.registers().cr3) == errc::ok); break;
+        default:
+          for (std::uint64_t i = 0; i < 81; ++i) {
+            const std::uint64_t digits[] = {i % 3, i / 3 % 3, i / 9 % 3, i / 27};
+            std::uint64_t a = 0;
+            for (unsigned l = 1; l <= 4; ++l) a |= digits[l - 1] << x86::long_mode_4::page_shift(l);
+            cpu.invlpg({a});
+          }
+          // Large leaves have no table of their own; other roots may lead to the table as well.
+          cpu.flush_tlb();
+      }
+    }
   }
 
   void compare(const seen& s, const x86::walk_result& expected, x86::access how) {
@@ -374,7 +627,7 @@ struct random_guest {
       case x86::walk_status::ok: break;
     }
     const hva at = machine::host_of(expected.address.page());
-    const bool there = frame_of(expected.address).value < machine::pages;
+    const bool there = m.host.has(at);
     if (!there || (x86::is_write(how) && m.host.read_only.count(at.value) != 0)) {
       ++refused;
       REQUIRE(s.result == outcome{.what = outcome::not_mapped, .address = expected.address});
@@ -389,6 +642,7 @@ struct random_guest {
     ++done;
     REQUIRE(s.result.what == outcome::done);
     REQUIRE(s.at == m.host.bytes(machine::host_of(expected.address)));
+    if (x86::is_write(how)) written.insert(frame_of(expected.address).value);
     for (unsigned level = expected.end_level; level <= 4; ++level) {
       const x86::walked_entry& e = expected.entry(level);
       if (was_rom.count(frame_of(e.where).value) != 0) continue;
@@ -397,25 +651,60 @@ struct random_guest {
     }
   }
 
+  /// The primary withdraws write access to the page behind some address.
+  void withdraw(cpu_type& cpu) {
+    raw_memory raw{m};
+    const gva a = address();
+    const auto found = x86::guest_walker<x86::long_mode_4>(cpu.registers()).translate(raw, a, access::read);
+    if (!found || frame_of(found.address).value >= slot_pages) return;
+    const range r = x86::page_range(machine::host_of(found.address));
+    m.start(r, event::soft_dirty);
+    REQUIRE_FALSE(cpu.hits(a, access::write));
+    REQUIRE(m.mmu.verify() == nullptr);
+    m.end(r, event::soft_dirty);
+  }
+
+  void log_something() {
+    if (!logging || chance(20)) {
+      constexpr x86::dirty_tracking kinds[] = {x86::dirty_tracking::off, x86::dirty_tracking::write_protect,
+                                               x86::dirty_tracking::dirty_bits};
+      const auto kind = kinds[below(3)];
+      REQUIRE(m.mmu.log_writes(1, kind) == errc::ok);
+      logging = kind != x86::dirty_tracking::off;
+    } else {
+      std::array<std::uint64_t, slot_pages / 64> words{};
+      REQUIRE(m.mmu.harvest_writes(1, words) == errc::ok);
+      for (const std::uint64_t f : written) REQUIRE((words[f / 64] >> (f % 64) & 1) == 1);
+      harvested += written.size();
+    }
+    written.clear();
+  }
+
   void step() {
     cpu_type& cpu = cpus[below(2)];
     const std::uint64_t dice = below(100);
-    if (dice < 70) return do_access(cpu);
-    if (dice < 82) return write_entry();
-    if (dice < 90) return host_changes(below(machine::pages));
-    if (dice < 96) return change_registers(cpu);
-    if (dice < 98) return static_cast<void>(m.mmu.clear_flush_young({0, UINTPTR_MAX}));
-    if (dice < 99) return cpu.invlpg(address());
+    if (dice < 68) return do_access(cpu);
+    if (dice < 79) return write_entry();
+    if (dice < 86) return host_changes(some_frame());
+    if (dice < 92) return change_registers(cpu);
+    if (dice < 94) return withdraw(cpu);
+    if (dice < 96) return log_something();
+    if (dice < 97) return static_cast<void>(m.mmu.clear_flush_young({0, UINTPTR_MAX}));
+    if (dice < 98) return cpu.invlpg(address());
+    if (dice < 99) return chance(30) ? m.mmu.zap_all() : host_collapses();
     CHECK(m.mmu.move_slot(1, {1 << 16}) == errc::ok);
     CHECK(m.mmu.move_slot(1, {0}) == errc::ok);
+    logging = false;
+    written.clear();
   }
 };
 }  // namespace
 
 TEST_CASE("every access has the outcome, the address and the traces of a walk made anew") {
-  std::uint64_t done = 0, tracked = 0, faulted = 0, refused = 0;
-  for (std::uint64_t round = 0; round < 12; ++round) {
-    random_guest g(seed() + round);
+  std::uint64_t done = 0, tracked = 0, faulted = 0, refused = 0, harvested = 0, large = 0, mmio = 0, fast = 0;
+  std::uint64_t freely = 0, resynced = 0;
+  for (std::uint64_t round = 0; round < 16; ++round) {
+    random_guest g(seed() + round, round % 2 == 1);
     for (int i = 0; i < 2500; ++i) {
       g.step();
       if (i % 10 == 0) {
@@ -428,7 +717,20 @@ TEST_CASE("every access has the outcome, the address and the traces of a walk ma
     tracked += g.tracked;
     faulted += g.faulted;
     refused += g.refused;
+    harvested += g.harvested;
+    freely += g.freely;
+    resynced += g.m.mmu.statistics().resynced;
+    large += g.m.mmu.statistics().large;
+    mmio += g.m.mmu.statistics().mmio_hits;
+    fast += g.m.mmu.statistics().fast_writes;
   }
+  CHECK(harvested > 100);
+  CHECK(large > 10);
+  CHECK(mmio > 10);
+  MESSAGE("done ", done, " tracked ", tracked, " faulted ", faulted, " refused ", refused, " harvested ", harvested,
+          " large ", large, " MMIO ", mmio, " fast writes ", fast, " free writes ", freely, " synchronised ", resynced);
+  CHECK(freely > 10);
+  CHECK(resynced > 10);
   CHECK(done > 500);
   CHECK(tracked > 10);
   CHECK(faulted > 100);
@@ -521,7 +823,7 @@ TEST_CASE("K6: unregistering tears down mappings only, by whoever it is done, an
 
 TEST_CASE("O1: no vCPU reads or writes a frame that its page has left, while everything happens at once") {
   real_machine m;
-  constexpr int cpu_ops = 20000, primary_ops = 4000, slot_ops = 300;
+  constexpr int cpu_ops = 20000, primary_ops = 4000, slot_ops = 300, owner_ops = 1500;
   std::atomic<unsigned> wrong{0}, odd{0};
   const auto run_cpu = [&](std::uint64_t id) {
     x86::vcpu cpu{m.mmu};
@@ -583,7 +885,39 @@ TEST_CASE("O1: no vCPU reads or writes a frame that its page has left, while eve
       }
     }
   };
+  // Withdraws write access, logs writes, asks for age, and throws everything away.
+  const auto run_owner = [&] {
+    std::mt19937_64 random(seed() + 99);
+    std::array<std::uint64_t, 1> words{};
+    for (int i = 0; i < owner_ops; ++i) {
+      const std::uint64_t f = random() % real_machine::pages;
+      const hva at{real_machine::base + f * page_size};
+      switch (random() % 6) {
+        case 0: {
+          const invalidation bracket{.range = x86::page_range(at), .event = event::soft_dirty};
+          m.mmu.invalidate_range_start(bracket);
+          for (std::uint64_t id = 0; id < 2; ++id) {  // nobody can write: a word stays what it is
+            std::uint64_t first = 0, second = 0;
+            if (m.primary.load(at + 8 * id, first) != errc::ok) continue;
+            for (int n = 0; n < 4; ++n) std::this_thread::yield();
+            if (m.primary.load(at + 8 * id, second) == errc::ok && first != second) wrong.fetch_add(1);
+          }
+          m.mmu.invalidate_range_end(bracket);
+          break;
+        }
+        case 1: static_cast<void>(m.mmu.clear_young({0, UINTPTR_MAX})); break;
+        case 2: static_cast<void>(m.mmu.test_young({0, UINTPTR_MAX})); break;
+        case 3:
+          if (m.mmu.log_writes(1, static_cast<x86::dirty_tracking>(random() % 3)) != errc::ok) odd.fetch_add(1);
+          break;
+        case 4: static_cast<void>(m.mmu.harvest_writes(1, words)); break;
+        default:
+          if (i % 8 == 0) m.mmu.zap_all();
+      }
+    }
+  };
   std::vector<std::thread> all;
+  all.emplace_back(run_owner);
   all.emplace_back(run_cpu, 0);
   all.emplace_back(run_cpu, 1);
   all.emplace_back(run_primary);

@@ -30,6 +30,32 @@ TEST_CASE("a shadow leaf says what it was made of, for every set of rights") {
   }
 }
 
+TEST_CASE("a leaf that may be written says so beside being writable") {
+  const auto e = shadow_entry::leaf({5}, rights{}, true);
+  CHECK(e.may_write());
+  CHECK(e.without(shadow_entry::write_bit).may_write());
+  CHECK_FALSE(e.without(shadow_entry::write_bit).allows().writable());
+  CHECK_FALSE(shadow_entry::leaf({5}, rights{rights::user_bit}, true).may_write());
+}
+
+TEST_CASE("an MMIO entry is not present and says which frame, which rights and which generation") {
+  for (std::uint8_t bits = 0; bits < 8; ++bits) {
+    for (const std::uint64_t g : {std::uint64_t{0}, std::uint64_t{1}, shadow_entry::mmio_generations - 1}) {
+      const auto e = shadow_entry::mmio({shadow_entry::frame_limit - 2}, rights{bits}, bits == 3, g);
+      CHECK_FALSE(e.present());
+      CHECK(e.is_mmio());
+      CHECK(e.mmio_frame() == gfn{shadow_entry::frame_limit - 2});
+      CHECK(e.allows() == rights{bits});
+      CHECK(e.guest_user() == (bits == 3));
+      CHECK(e.of_generation(g));
+      CHECK_FALSE(e.of_generation(g + 1));
+      CHECK(e.of_generation(g + shadow_entry::mmio_generations));  // hence shadow_tables::zap_mmio
+    }
+  }
+  CHECK_FALSE(shadow_entry{}.is_mmio());
+  CHECK_FALSE(shadow_entry::leaf({1}, rights{}, false).is_mmio());
+}
+
 TEST_CASE("a link leads to its page and restricts nothing") {
   const auto p = std::make_unique<x86::shadow_page>();
   const auto e = shadow_entry::link(*p);
@@ -49,12 +75,10 @@ TEST_CASE("sets of rights combine and compare") {
 
 TEST_CASE("pages of one frame and different roles are different pages, and only indirect ones are tracked") {
   x86::page_index index;
-  page_role table;
-  table.level = 2;
-  page_role other = table;
-  other.access = rights{rights::write_bit};
-  page_role direct = table.part_below(rights{}, true);
-  CHECK(direct.level == 1);
+  const page_role table = page_role().with_level(2);
+  const page_role other = table.with_access(rights{rights::write_bit});
+  const page_role direct = table.part_below(rights{}, true);
+  CHECK(direct.level() == 1);
   const auto make = [](gfn f, const page_role& r) {
     auto p = std::make_unique<x86::shadow_page>();
     p->frame = f;

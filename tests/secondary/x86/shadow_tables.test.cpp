@@ -20,7 +20,7 @@ struct fixture {
   x86::flush_gate gate;
   x86::memslots slots{gate.domain()};
   x86::mmu_counters counters;
-  x86::mmu_window window;
+  x86::mmu_window window, zapping;
   shadow_tables tables;
   x86::fault_stock stock;
 
@@ -30,10 +30,8 @@ struct fixture {
   }
   void refill() { REQUIRE(stock.fill() == errc::ok); }
   shadow_page& table(std::uint64_t frame, std::uint8_t level = 1) {
-    page_role r;
-    r.level = level;
     refill();
-    return tables.get({frame}, r, stock);
+    return tables.get({frame}, page_role().with_level(level), stock);
   }
   void map(shadow_page& p, unsigned i, std::uint64_t frame, std::uint8_t bits = 7) {
     refill();
@@ -45,7 +43,7 @@ struct fixture {
   }
   const char* verify() {
     tables.commit();
-    return x86::table_check(tables, window).run(4);
+    return x86::table_check(tables, window, zapping).run(4);
   }
   std::uint64_t flushes() { return counters.read().flushes; }
 };
@@ -129,8 +127,7 @@ TEST_CASE("a leaf that loses rights or changes its frame is flushed, one that ga
 TEST_CASE("a written table loses exactly the shadows of the written entries") {
   fixture f;
   shadow_page& a = f.table(40);
-  page_role weaker = a.role;
-  weaker.access = rights{rights::user_bit};
+  const page_role weaker = a.role.with_access(rights{rights::user_bit});
   shadow_page& b = f.tables.get({40}, weaker, f.stock);
   for (unsigned i = 0; i < 6; ++i) {
     f.map(a, i, i);
@@ -197,25 +194,62 @@ TEST_CASE("what was taken down is used again, and only after a flush") {
   empty.pages.push(again);
 }
 
-TEST_CASE("accessed bits are tested, cleared, and flushed when asked") {
+TEST_CASE("pages of an older generation are found by nobody, still unmapped by brackets, and go in batches") {
+  fixture f;
+  x86::vcpu_port port;
+  f.gate.attach_locked(port);
+  shadow_page& root = f.table(40, 4);
+  port.set_root(&root);
+  for (std::uint64_t i = 0; i < 2 * shadow_tables::batch; ++i) f.map(f.table(i), 0, 50 + i % 4);
+  f.tables.begin_generation();
+  CHECK(port.root() == nullptr);
+  shadow_page& fresh = f.table(40, 4);
+  CHECK(&fresh != &root);
+  port.set_root(&fresh);
+  CHECK(f.verify() == nullptr);
+  f.tables.zap_host_range(host_pages(50, 52));
+  CHECK(f.counters.read().zapped == shadow_tables::batch);
+  CHECK(f.verify() == nullptr);
+  CHECK(f.tables.zap_obsolete());
+  CHECK(f.verify() == nullptr);
+  CHECK(f.tables.zap_obsolete());
+  CHECK_FALSE(f.tables.zap_obsolete());
+  CHECK_FALSE(f.tables.zap_obsolete());
+  CHECK(f.tables.page_count() == 1);
+  CHECK(port.root() == &fresh);
+  CHECK(f.verify() == nullptr);
+  f.gate.detach_locked(port);
+}
+
+TEST_CASE("a frame that is mapped too often has its list emptied before it grows on") {
+  fixture f(20);
+  f.map(f.table(40), 0, 9);
+  unsigned n = 1;
+  for (std::uint64_t t = 0; n < x86::entry_list::recycle_at + 5; ++t) {
+    shadow_page& p = f.table(41 + t / 8);
+    for (unsigned i = 0; i < 64 && n < x86::entry_list::recycle_at + 5; ++i, ++n)
+      f.map(p, i + static_cast<unsigned>(t % 8) * 64, 9);
+  }
+  CHECK(f.slots.current().find({9})->mappings({9}).count() == 5);
+  CHECK(f.counters.read().zapped == x86::entry_list::recycle_at);
+  CHECK(f.verify() == nullptr);
+}
+
+TEST_CASE("write access is taken from a range with the means to get it back, and reads stay") {
   fixture f;
   shadow_page& a = f.table(40);
-  f.map(a, 1, 7);
-  f.map(a, 2, 8);
-  using ageing = shadow_tables::ageing;
-  CHECK_FALSE(f.tables.young(host_pages(0, 64), ageing::test));
-  a.update(1, a.load(1), a.load(1).with(shadow_entry::accessed_bit));
-  CHECK(f.tables.young(host_pages(7, 8), ageing::test));
-  CHECK_FALSE(f.tables.young(host_pages(8, 9), ageing::test));
-  CHECK(f.tables.young(host_pages(0, 64), ageing::clear));
-  f.tables.commit();
-  CHECK(f.flushes() == 0);
-  CHECK_FALSE(f.tables.young(host_pages(0, 64), ageing::clear_and_flush));
-  f.tables.commit();
-  CHECK(f.flushes() == 0);
-  a.update(1, a.load(1), a.load(1).with(shadow_entry::accessed_bit));
-  CHECK(f.tables.young(host_pages(0, 64), ageing::clear_and_flush));
+  for (unsigned i = 0; i < 6; ++i) f.map(a, i, i);
+  f.map(a, 7, 3, rights::user_bit);
+  f.tables.write_protect_host_range(host_pages(2, 4));
+  for (unsigned i = 0; i < 6; ++i) {
+    CHECK(a.load(i).present());
+    CHECK(a.load(i).allows().writable() == (i < 2 || i > 3));
+    CHECK(a.load(i).may_write() == (i < 2 || i > 3));
+  }
+  CHECK(f.counters.read().downgraded == 2);
+  CHECK(f.verify() == nullptr);
+  CHECK(f.flushes() == 1);
+  f.tables.write_protect_host_range(host_pages(2, 4));
   f.tables.commit();
   CHECK(f.flushes() == 1);
-  CHECK(a.load(1).present());
 }

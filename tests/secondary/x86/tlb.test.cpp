@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 
+#include <mmunotify/secondary/x86/shadow_page.hpp>
 #include <mmunotify/secondary/x86/tlb.hpp>
 
 #include <doctest/doctest.h>
@@ -36,6 +37,39 @@ TEST_CASE("a TLB entry answers for its page alone") {
   CHECK(tlb.find({0xffffffffffffffff}) != nullptr);
   tlb.clear();
   CHECK(tlb.find({0xffffffffffffffff}) == nullptr);
+}
+
+TEST_CASE("the roots of the last few address spaces are remembered, the least recently used one goes first") {
+  std::array<x86::shadow_page, 6> pages;
+  vcpu_port port;
+  const auto key = [](std::uint64_t i) { return x86::root_key{{i}, 7}; };
+  for (std::uint64_t i = 0; i < 4; ++i) {
+    CHECK_FALSE(port.select(key(i)));
+    CHECK(port.root() == nullptr);
+    port.set_root(&pages[i]);
+  }
+  for (std::uint64_t i = 0; i < 4; ++i) {
+    CHECK(port.select(key(i)));
+    CHECK(port.root() == &pages[i]);
+  }
+  CHECK(port.select(key(0)));
+  CHECK_FALSE(port.select(key(4)));  // in the place of 1
+  port.set_root(&pages[4]);
+  CHECK(port.select(key(0)));
+  CHECK(port.select(key(2)));
+  CHECK(port.select(key(3)));
+  CHECK_FALSE(port.select(key(1)));
+  CHECK_FALSE(port.select({{2}, 8}));  // another role
+  CHECK(port.select(key(2)));
+  port.forget_root(pages[2]);
+  CHECK(port.root() == nullptr);
+  CHECK_FALSE(port.select(key(2)));
+  CHECK(port.select(key(3)));
+  unsigned n = 0;
+  port.for_each_root([&](const x86::shadow_page&) { ++n; });
+  CHECK(n == 1);
+  port.forget_roots();
+  CHECK_FALSE(port.select(key(3)));
 }
 
 TEST_CASE("a flush empties every TLB before its vCPU looks something up again, and only once") {

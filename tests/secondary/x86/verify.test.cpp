@@ -19,7 +19,7 @@ struct fixture {
   x86::flush_gate gate;
   x86::memslots slots{gate.domain()};
   x86::mmu_counters counters;
-  x86::mmu_window window;
+  x86::mmu_window window, zapping;
   x86::shadow_tables tables{slots, gate, counters, 100};
   x86::fault_stock stock;
   shadow_page* upper;
@@ -28,9 +28,7 @@ struct fixture {
   fixture() {
     CHECK(slots.add({.id = 1, .base = {0}, .pages = 64, .host = ram_base}, tables.lock()) == errc::ok);
     REQUIRE(stock.fill() == errc::ok);
-    page_role r;
-    r.level = 2;
-    r.wp = true;
+    const page_role r = page_role().with_level(2).with_wp(true);
     upper = &tables.get({40}, r, stock);
     lower = &tables.get({41}, r.table_below(rights{rights::write_bit | rights::user_bit}), stock);
     tables.link(*upper, 5, *lower, stock);
@@ -38,7 +36,7 @@ struct fixture {
     CHECK(found() == "");
   }
   std::string found() {
-    const char* broken = x86::table_check(tables, window).run(4);
+    const char* broken = x86::table_check(tables, window, zapping).run(4);
     return broken == nullptr ? "" : broken;
   }
   /// Effects: sets an entry behind everybody's back. Returns: what the check says; puts it back.
@@ -60,7 +58,11 @@ TEST_CASE("the self-check names a leaf that is gone, foreign, too permissive or 
   CHECK(f.with_entry(*f.lower, 7, leaf) == "a leaf is missing in the reverse mapping");
   CHECK(f.with_entry(*f.lower, 6, shadow_entry::leaf({77}, rights{}, false)) ==
         "a leaf grants more than the tables above it");
-  CHECK(f.with_entry(*f.upper, 7, leaf) == "a leaf is above the lowest level");
+  CHECK(f.with_entry(*f.upper, 7, leaf) == "a large leaf is not aligned");
+  CHECK(f.with_entry(*f.upper, 7, shadow_entry::leaf({512}, rights{0}, false)) ==
+        "a large leaf reaches beyond its slot");
+  CHECK(f.with_entry(*f.lower, 6, leaf.without(shadow_entry::may_write_bit)) ==
+        "a leaf is writable although it may not be written");
   f.lower->leaf_frames[6] = 2;
   CHECK(f.found() == "a leaf is missing in the reverse mapping");
   f.lower->leaf_frames[6] = 99;
@@ -73,27 +75,51 @@ TEST_CASE("the self-check names a link that only one side knows of, and one that
   fixture f;
   CHECK(f.with_entry(*f.upper, 6, shadow_entry::link(*f.lower)) == "a link is missing among its page's parents");
   CHECK(f.with_entry(*f.lower, 7, shadow_entry::link(*f.lower)) == "a page of the lowest level has a link");
-  x86::stock<x86::rmap_node> nodes;
+  x86::stock<x86::rmap_chunk> nodes;
   REQUIRE(nodes.fill(1) == errc::ok);
   f.lower->parents.add({f.upper, 9}, nodes);
   CHECK(f.found() == "a parent does not link its child");
   CHECK(f.lower->parents.remove({f.upper, 9}, nodes));
   const page_role role = f.lower->role;
-  f.lower->role.level = 3;
+  f.lower->role = role.with_level(3);
   CHECK(f.found() != "");
   f.lower->role = role;
+  CHECK(f.found() == "");
+}
+
+TEST_CASE("the self-check names what has lost count, and a page that is on its way out") {
+  fixture f;
+  ++f.lower->mmio;
+  CHECK(f.found() == "a shadow page has lost count of its entries");
+  --f.lower->mmio;
+  CHECK(f.with_entry(*f.upper, 9, shadow_entry::mmio({100}, rights{}, true, 0)) ==
+        "an entry that is not present has bits");
+  x86::memslot& slot = *f.slots.current().find({41});
+  slot.count_table({41}, 1);
+  CHECK(f.found() == "the slots have lost count of the shadowed tables");
+  slot.count_table({41}, -1);
+  const page_role role = f.lower->role;
+  f.lower->role = role.as_invalid();
+  CHECK(f.found() == "a page in the index is not in use");
+  f.lower->role = role;
+  f.lower->generation = 7;
+  CHECK(f.found() == "a link leads to a page of another generation");
+  f.lower->generation = 0;
   CHECK(f.found() == "");
 }
 
 TEST_CASE("K1: the self-check names a leaf inside an open bracket, to the byte") {
   fixture f;
   const auto h = static_cast<std::uintptr_t>(ram_base.value);
-  f.window.start({h + 0x1fff, h + 0x2000});
+  f.zapping.start({h + 0x1fff, h + 0x2000});
   CHECK(f.found() == "a leaf is inside an open bracket");
-  f.window.end({h + 0x1fff, h + 0x2000});
-  f.window.start({h + 0x2000, h + 0x3000});
+  f.zapping.end({h + 0x1fff, h + 0x2000});
+  f.zapping.start({h + 0x2000, h + 0x3000});
   CHECK(f.found() == "");
-  f.window.end({h + 0x2000, h + 0x3000});
+  f.zapping.end({h + 0x2000, h + 0x3000});
+  f.window.start({h + 0x1fff, h + 0x2000});  // one that withdraws write access
+  CHECK(f.found() == "a leaf may be written inside an open bracket");
+  f.window.end({h + 0x1fff, h + 0x2000});
 }
 
 TEST_CASE("the self-check names a writable mapping of a shadowed table, and a root that is none") {
@@ -106,6 +132,7 @@ TEST_CASE("the self-check names a writable mapping of a shadowed table, and a ro
   CHECK(f.found() == "");
   x86::vcpu_port port;
   f.gate.attach_locked(port);
+  CHECK_FALSE(port.select({}));
   port.set_root(f.upper);
   CHECK(f.found() == "a vCPU's root is not a top table");
   const auto foreign = std::make_unique<shadow_page>();

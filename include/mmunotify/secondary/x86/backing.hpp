@@ -113,6 +113,7 @@ class pinned_frame {
   gfn frame() const noexcept { return frame_; }
   const host_page& at() const noexcept { return at_; }
   const frame_lease& lease() const noexcept { return lease_; }
+  mmu_window::snapshot since() const noexcept { return since_; }
   bool for_write() const noexcept { return written_; }
   /// Precondition: pinned.
   std::byte* data() const noexcept { return provider_->data(lease_.frame); }
@@ -157,6 +158,7 @@ class walked_tables {
     const std::lock_guard locked{backing_.lock};
     if (!f->stands_locked(backing_)) return failed_with(errc::again);
     const bool swapped = word(*f, where).compare_exchange_strong(expected, desired, std::memory_order_relaxed);
+    if (swapped) backing_.slots.current().find(f->frame())->mark_dirty(f->frame());
     return swapped ? exchange_result::done : exchange_result::changed;
   }
 

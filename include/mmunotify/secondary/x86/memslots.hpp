@@ -31,45 +31,12 @@
 #include <mmunotify/base/range.hpp>
 #include <mmunotify/base/result.hpp>
 #include <mmunotify/config.hpp>
-#include <mmunotify/secondary/x86/rmap.hpp>
+#include <mmunotify/secondary/x86/dirty_log.hpp>
+#include <mmunotify/secondary/x86/memslot.hpp>
 #include <mmunotify/sync/srcu_domain.hpp>
 
 MMUNOTIFY_BEGIN_NAMESPACE
 namespace x86 {
-
-/// What a user says about a slot.
-struct memslot_config {
-  unsigned id = 0;          ///< the user's name for it
-  gfn base{};               ///< the first guest frame
-  std::uint64_t pages = 0;  ///< 4 KiB pages
-  hva host{};               ///< the first host byte, aligned to pages
-  bool read_only = false;   ///< guest writes are not mapped; they are reported to the caller
-
-  friend constexpr bool operator==(const memslot_config&, const memslot_config&) = default;
-
-  constexpr gfn end() const noexcept { return base + pages; }
-  constexpr bool contains(gfn f) const noexcept { return f >= base && f < end(); }
-  /// Precondition: contains(f).
-  constexpr hva host_of(gfn f) const noexcept { return host + ((f - base) << page_shift); }
-  constexpr range host_range() const noexcept {
-    return {static_cast<std::uintptr_t>(host.value), static_cast<std::uintptr_t>(host.value + (pages << page_shift))};
-  }
-};
-
-/// A slot and the reverse mappings of its frames.
-class memslot {
- public:
-  const memslot_config& config() const noexcept { return config_; }
-  /// The shadow leaves that map the frame. Precondition: config().contains(f). Context: MMU lock.
-  entry_list& mappings(gfn f) noexcept { return mappings_[f - config_.base]; }
-
- private:
-  friend class memslots;
-  explicit memslot(const memslot_config& c) noexcept : config_(c), mappings_(new(std::nothrow) entry_list[c.pages]) {}
-
-  memslot_config config_;
-  std::unique_ptr<entry_list[]> mappings_;
-};
 
 /// All slots at one moment, sorted by guest frame. Immutable, but for the reverse mappings.
 class memslot_snapshot {
@@ -148,31 +115,37 @@ class memslots {
     return {errc::ok, slot->config().host_of(f), slot->config().read_only};
   }
 
-  /// Effects: adds a slot. Errors: bad_range (empty, wrapping, beyond frame_limit, host not aligned), overlap (guest
-  /// frames that another slot has), already_registered (the id), no_memory; nothing is changed then.
-  /// Context: may sleep; takes the MMU lock `lock`; neither in a callback nor inside a section of the domain.
-  template <class Mutex>
-  errc add(const memslot_config& c, Mutex& lock) noexcept {
+  /// Effects: adds a slot. update(memslot* going, generation) is called under the MMU lock before the new snapshot, of
+  /// that generation, is published; `going` is null here. Errors: bad_range (empty, wrapping, beyond frame_limit, host
+  /// not aligned), overlap (guest frames that another slot has), already_registered (the id), no_memory; nothing is
+  /// changed then. Context: may sleep; takes the MMU lock `lock`; neither in a callback nor inside a section of the
+  /// domain.
+  template <class Mutex, class Update>
+  errc add(const memslot_config& c, Mutex& lock, Update&& update) noexcept {
     const std::lock_guard writing{writers_};
     const memslot_snapshot& old = *current_.load(std::memory_order_relaxed);
     if (const errc e = check(old, c, nullptr); e != errc::ok) return e;
     if (find_id(old, c.id) != nullptr) return errc::already_registered;
-    return replace(nullptr, &c, lock, [](memslot&) {});
+    return replace(nullptr, &c, lock, update);
+  }
+  template <class Mutex>
+  errc add(const memslot_config& c, Mutex& lock) noexcept {
+    return add(c, lock, [](memslot*, std::uint64_t) noexcept {});
   }
 
-  /// Effects: removes the slot; zap(memslot&) is called under the MMU lock and must take down all that maps it.
+  /// Effects: removes the slot; update(memslot* going, generation), as for add, must take down all that maps `going`.
   /// Errors: not_registered (no such id), no_memory; nothing is changed then. Context: as add.
-  template <class Mutex, class Zap>
-  errc remove(unsigned id, Mutex& lock, Zap&& zap) noexcept {
+  template <class Mutex, class Update>
+  errc remove(unsigned id, Mutex& lock, Update&& update) noexcept {
     const std::lock_guard writing{writers_};
     memslot* const going = find_id(*current_.load(std::memory_order_relaxed), id);
-    return going == nullptr ? errc::not_registered : replace(going, nullptr, lock, zap);
+    return going == nullptr ? errc::not_registered : replace(going, nullptr, lock, update);
   }
 
-  /// Effects: the slot has another first guest frame from now on; zap as for remove.
+  /// Effects: the slot has another first guest frame from now on, and no log; update as for remove.
   /// Errors: those of add and remove; nothing is changed then. Context: as add.
-  template <class Mutex, class Zap>
-  errc move(unsigned id, gfn base, Mutex& lock, Zap&& zap) noexcept {
+  template <class Mutex, class Update>
+  errc move(unsigned id, gfn base, Mutex& lock, Update&& update) noexcept {
     const std::lock_guard writing{writers_};
     const memslot_snapshot& old = *current_.load(std::memory_order_relaxed);
     memslot* const going = find_id(old, id);
@@ -180,10 +153,32 @@ class memslots {
     memslot_config c = going->config();
     c.base = base;
     if (const errc e = check(old, c, going); e != errc::ok) return e;
-    return replace(going, &c, lock, zap);
+    return replace(going, &c, lock, update);
   }
 
- private:
+  /// Effects: from now on writes to the slot are logged in this way, or not at all, with a ring of so
+  /// many places, or none; update(memslot&) is called under
+  /// the MMU lock when the new log, empty, is in place. Errors: not_registered, no_memory; nothing is changed then.
+  /// Context: as add.
+  template <class Mutex, class Update>
+  errc set_log(unsigned id, dirty_tracking how, std::uint64_t ring, Mutex& lock, Update&& update) noexcept {
+    const std::lock_guard writing{writers_};
+    memslot* const slot = find_id(*current_.load(std::memory_order_relaxed), id);
+    if (slot == nullptr) return errc::not_registered;
+    std::unique_ptr<dirty_log> log;
+    if (how != dirty_tracking::off && (log = dirty_log::make(how, slot->config().pages, ring)) == nullptr) {
+      return errc::no_memory;
+    }
+    {
+      const std::lock_guard locked{lock};
+      log = slot->exchange_log(std::move(log));
+      update(*slot);
+    }
+    domain_.synchronize();  // who marks in the old one has left
+    return errc::ok;
+  }
+
+  /// Returns: the slot with this id, or nullptr. Context: as current().
   static memslot* find_id(const memslot_snapshot& s, unsigned id) noexcept {
     for (memslot* slot : s.slots()) {
       if (slot->config().id == id) return slot;
@@ -191,6 +186,7 @@ class memslots {
     return nullptr;
   }
 
+ private:
   static errc check(const memslot_snapshot& s, const memslot_config& c, const memslot* except) noexcept {
     if (c.pages == 0 || c.pages > frame_limit || c.base.value > frame_limit - c.pages) return errc::bad_range;
     if (c.host.offset() != 0 || c.host.value > UINTPTR_MAX - (c.pages << page_shift)) return errc::bad_range;
@@ -217,16 +213,16 @@ class memslots {
     return next;
   }
 
-  template <class Mutex, class Zap>
-  errc replace(memslot* going, const memslot_config* config, Mutex& lock, Zap&& zap) noexcept {
+  template <class Mutex, class Update>
+  errc replace(memslot* going, const memslot_config* config, Mutex& lock, Update&& update) noexcept {
     const memslot_snapshot* const old = current_.load(std::memory_order_relaxed);
     std::unique_ptr<memslot> coming(config != nullptr ? new (std::nothrow) memslot(*config) : nullptr);
-    if (config != nullptr && (coming == nullptr || coming->mappings_ == nullptr)) return errc::no_memory;
+    if (config != nullptr && (coming == nullptr || !coming->allocate())) return errc::no_memory;
     std::unique_ptr<memslot_snapshot> next = successor(*old, going, coming.get());
     if (next == nullptr) return errc::no_memory;
     {
       const std::lock_guard locked{lock};
-      if (going != nullptr) zap(*going);
+      update(going, next->generation_);
       current_.store(next.release(), std::memory_order_release);  // (ms2) pairs with (ms1)
     }
     static_cast<void>(coming.release());

@@ -55,22 +55,47 @@ struct mmu_statistics {
   std::uint64_t write_protected = 0;  ///< leaves that lost write access because their frame became a guest table
   std::uint64_t tracked_writes = 0;   ///< guest_write calls that hit a shadowed table
   std::uint64_t pages_zapped = 0;     ///< shadow pages taken down
+  std::uint64_t downgraded = 0;       ///< leaves that lost write access because the primary withdrew it
+  std::uint64_t changed = 0;          ///< leaves that got another frame in place
+  std::uint64_t resynced = 0;         ///< lowest-level tables compared with the guest's after it wrote them freely
+  std::uint64_t mmio_hits = 0;        ///< accesses that were known to be MMIO without a fault
+  std::uint64_t fast_writes = 0;      ///< leaves that were made writable without the MMU lock
+  std::uint64_t large = 0;            ///< leaves installed that map 2 MiB or 1 GiB
+  std::uint64_t roots_reused = 0;     ///< changes of CR3 or of the role to a root that was still known
 };
 
 /// The counters behind it. Relaxed: they order nothing.
 class mmu_counters {
  public:
-  enum counter : unsigned { faults, retries, installs, zapped, flushes, write_protected, tracked_writes, pages_zapped };
+  enum counter : unsigned {
+    faults,
+    retries,
+    installs,
+    zapped,
+    flushes,
+    write_protected,
+    tracked_writes,
+    pages_zapped,
+    downgraded,
+    changed,
+    resynced,
+    mmio_hits,
+    fast_writes,
+    large,
+    roots_reused,
+    counters
+  };
 
   void add(counter c, std::uint64_t n = 1) noexcept { values_[c].fetch_add(n, std::memory_order_relaxed); }
   mmu_statistics read() const noexcept {
     const auto get = [&](counter c) { return values_[c].load(std::memory_order_relaxed); };
-    return {get(faults),  get(retries),         get(installs),       get(zapped),
-            get(flushes), get(write_protected), get(tracked_writes), get(pages_zapped)};
+    return {get(faults),          get(retries),        get(installs),     get(zapped),     get(flushes),
+            get(write_protected), get(tracked_writes), get(pages_zapped), get(downgraded), get(changed),
+            get(resynced),        get(mmio_hits),      get(fast_writes),  get(large),      get(roots_reused)};
   }
 
  private:
-  std::atomic<std::uint64_t> values_[pages_zapped + 1] = {};
+  std::atomic<std::uint64_t> values_[counters] = {};
 };
 
 }  // namespace x86

@@ -28,9 +28,14 @@
 //
 // Register the MMU before the first vCPU runs: mappings made by an unregistered MMU are protected by nobody.
 //
-// Limits: 4 KiB shadow leaves (larger guest leaves are split); no unsync tables (each guest write to a shadowed table
-// is the caller's to emulate); guest tables that the host itself changes behind the MMU's back are not noticed until
-// their shadow goes, as on KVM; a fault that collides again and again has no ticket.
+// Events. Linux's KVM takes every bracket for an unmapping. Here a bracket that only withdraws write access
+// (`downgrades`, below) leaves mappings in place and write-protects them, and so does one in which frames are replaced
+// in place (change_entry): reads go on all the time, through the old frame and then through the new one. All others
+// take mappings down.
+//
+// Limits: each guest write to an upper table that is shadowed, and without mmu_options::unsync to any, is the caller's
+// to emulate; guest tables that the host itself changes behind the MMU's back are not noticed until their shadow goes,
+// as on KVM; a fault that collides again and again has no ticket.
 //
 // References: Linux virt/kvm/kvm_main.c, arch/x86/kvm/mmu (the same problem); Intel SDM vol. 3, 4.10 (TLBs).
 
@@ -41,11 +46,14 @@
 
 #include <mmunotify/base/address.hpp>
 #include <mmunotify/base/frame.hpp>
+#include <mmunotify/base/event.hpp>
 #include <mmunotify/base/invalidation.hpp>
 #include <mmunotify/base/range.hpp>
 #include <mmunotify/base/result.hpp>
 #include <mmunotify/config.hpp>
+#include <mmunotify/secondary/x86/aging.hpp>
 #include <mmunotify/secondary/x86/backing.hpp>
+#include <mmunotify/secondary/x86/dirty_harvest.hpp>
 #include <mmunotify/secondary/x86/entry.hpp>
 #include <mmunotify/secondary/x86/fault.hpp>
 #include <mmunotify/secondary/x86/memslots.hpp>
@@ -58,21 +66,33 @@
 MMUNOTIFY_BEGIN_NAMESPACE
 namespace x86 {
 
+/// What an owner may want otherwise.
+struct mmu_options {
+  /// How many shadow pages (9 KiB each) to keep; the oldest go first.
+  std::size_t max_pages = 4096;
+  /// Brackets with these events withdraw write access and nothing else: frames stay where they are, reads stay allowed.
+  /// So Linux raises them (copy on write, write-back, soft-dirty). An mprotect may forbid reads as well: a primary that
+  /// never does that may add protection_vma.
+  event_set downgrades{event::protection_page, event::soft_dirty};
+  /// The guest writes its lowest-level tables freely, and their shadows follow when it flushes: see unsync.hpp. Else
+  /// each write to one comes back as outcome::write_tracked.
+  bool unsync = false;
+};
+
 template <frame_provider Provider, shadowed_mode Mode = long_mode_4>
 class shadow_mmu {
  public:
   using provider_type = Provider;
   using mode = Mode;
 
-  static constexpr std::size_t default_pages = 4096;
-
-  /// A VM without slots and vCPUs. max_pages: how many shadow pages (9 KiB each) to keep; the oldest go first.
+  /// A VM without slots and vCPUs.
   /// Preconditions: the provider outlives it; provider.data() takes no lock (it is called in guest mode).
-  explicit shadow_mmu(Provider& provider, std::size_t max_pages = default_pages) noexcept
+  explicit shadow_mmu(Provider& provider, const mmu_options& o = {}) noexcept
       : provider_(provider),
+        downgrades_(o.downgrades),
         slots_(gate_.domain()),
-        tables_(slots_, gate_, counters_, max_pages),
-        faults_({provider, slots_, window_, tables_.lock()}, tables_, counters_) {}
+        tables_(slots_, gate_, counters_, o.max_pages),
+        faults_({provider, slots_, window_, tables_.lock()}, tables_, counters_, o.unsync) {}
   shadow_mmu(const shadow_mmu&) = delete;
   shadow_mmu& operator=(const shadow_mmu&) = delete;
   /// Precondition (K6): the owner has destroyed the vCPUs; checked always.
@@ -86,20 +106,63 @@ class shadow_mmu {
   // --- The guest's physical memory. Context: may sleep; not in a callback, not in guest mode. -----------------------
 
   /// Effects: gives the guest memory. Errors: see memslots::add; nothing is changed then.
-  errc add_slot(const memslot_config& c) noexcept { return slots_.add(c, tables_.lock()); }
+  errc add_slot(const memslot_config& c) noexcept { return slots_.add(c, tables_.lock(), updating()); }
   /// Effects: takes it away; when it returns nothing maps it. Errors: see memslots::remove.
-  errc remove_slot(unsigned id) noexcept {
-    return slots_.remove(id, tables_.lock(), [this](memslot& s) noexcept { zap(s); });
-  }
-  /// Effects: the slot is at another guest-physical address; its mappings are gone. Errors: see memslots::move.
-  errc move_slot(unsigned id, gfn base) noexcept {
-    return slots_.move(id, base, tables_.lock(), [this](memslot& s) noexcept { zap(s); });
-  }
+  errc remove_slot(unsigned id) noexcept { return slots_.remove(id, tables_.lock(), updating()); }
+  /// Effects: the slot is at another guest-physical address; its mappings and its log are gone. Errors: see
+  /// memslots::move.
+  errc move_slot(unsigned id, gfn base) noexcept { return slots_.move(id, base, tables_.lock(), updating()); }
   const memslots& slots() const noexcept { return slots_; }
 
   /// Effects: writes guest memory on behalf of the guest (emulated instructions, devices); shadows of the table entries
   /// that it hits are gone when it returns. Errors, context: see fault_path::guest_write.
   errc guest_write(gpa where, std::span<const std::byte> bytes) noexcept { return faults_.guest_write(where, bytes); }
+
+  // --- What the guest writes. Context: as for slots. ----------------------------------------------------------------
+
+  /// Effects: writes to the slot are logged from now on, in this way, or no longer (dirty_log.hpp); ring: places of the
+  /// ring, for a log by write protection; 0: none. Errors: not_registered (no such slot), bad_range (a ring for another
+  /// log), no_memory; nothing is changed then.
+  errc log_writes(unsigned id, dirty_tracking how, std::uint64_t ring = 0) noexcept {
+    if (ring != 0 && how != dirty_tracking::write_protect) return errc::bad_range;
+    return slots_.set_log(id, how, ring, tables_.lock(), [this](memslot& s) noexcept {
+      follow_log(tables_, s);
+      tables_.commit();
+    });
+  }
+  /// Effects: out has a bit for each frame of the slot that was written since the last harvest, first frame in bit 0 of
+  /// out[0]; from now on they count as clean. A write is in this harvest or in a later one, whatever runs beside it.
+  /// Errors: not_registered (no such slot), disabled (it keeps no log), bad_range (out has not one bit per frame,
+  /// rounded up to words); nothing is changed then.
+  errc harvest_writes(unsigned id, std::span<std::uint64_t> out) noexcept {
+    const std::lock_guard locked{tables_.lock()};
+    memslot* const slot = memslots::find_id(slots_.current(), id);
+    if (slot == nullptr) return errc::not_registered;
+    if (slot->log() == nullptr) return errc::disabled;
+    if (out.size() != dirty_log::words_for(slot->config().pages)) return errc::bad_range;
+    static_cast<void>(harvest(tables_, *slot, out));
+    tables_.commit();
+    return errc::ok;
+  }
+
+  /// What a ring has given.
+  struct written_frames {
+    errc error = errc::ok;  ///< again: the ring had no place for some frames: harvest_writes, once
+    std::size_t count = 0;
+  };
+  /// Effects: out[0] and on are frames of the slot that were written since they were harvested last; they count as
+  /// clean from now on. Cost: what was written. Errors: not_registered (no such slot), disabled (it keeps no ring),
+  /// again; the log is as before then.
+  written_frames harvest_ring(unsigned id, std::span<gfn> out) noexcept {
+    const std::lock_guard locked{tables_.lock()};
+    memslot* const slot = memslots::find_id(slots_.current(), id);
+    if (slot == nullptr) return {.error = errc::not_registered};
+    if (slot->log() == nullptr || slot->log()->ring() == nullptr) return {.error = errc::disabled};
+    if (slot->log()->ring()->overflowed()) return {.error = errc::again};
+    const written_frames found{.count = x86::harvest_ring(tables_, *slot, out)};
+    tables_.commit();
+    return found;
+  }
 
   // --- Hooks: for the notifier. Context: under the primary's locks. They take the MMU lock, and sleep in a flush. ----
 
@@ -108,20 +171,41 @@ class shadow_mmu {
   void invalidate_range_start(const invalidation& i) noexcept {
     const std::lock_guard locked{tables_.lock()};
     window_.start(i.range);
-    tables_.zap_host_range(i.range);
+    if (keeps_reads(i)) {
+      tables_.write_protect_host_range(i.range);
+    } else {
+      zapping_.start(i.range);
+      tables_.zap_host_range(i.range);
+    }
     tables_.commit();
   }
   /// Effects: mappings may be made again; faults that looked the page up before retry.
   void invalidate_range_end(const invalidation& i) noexcept {
     const std::lock_guard locked{tables_.lock()};
     window_.end(i.range);
+    if (!keeps_reads(i)) zapping_.end(i.range);
+  }
+  /// Effects: what maps a page of the range maps its new frame when it returns, read-only; the first write faults.
+  /// Precondition: inside an in-place bracket over the range.
+  void change_entry(const entry_change& c) noexcept {
+    const std::lock_guard locked{tables_.lock()};
+    tables_.change_host_range(c);
+    tables_.commit();
   }
   /// Returns: whether the guest has accessed the range since the last clearing. A vCPU that goes on to use a page sets
-  /// its bit again: TLBs are empty.
-  bool clear_flush_young(range r) noexcept { return young(r, shadow_tables::ageing::clear_and_flush); }
-  /// The same without a flush: what a TLB holds is used without setting the bit again.
-  bool clear_young(range r) noexcept { return young(r, shadow_tables::ageing::clear); }
-  bool test_young(range r) noexcept { return young(r, shadow_tables::ageing::test); }
+  /// its bit again: TLBs are empty. Takes the MMU lock only if something was young.
+  bool clear_flush_young(range r) noexcept {
+    if (!clear_young(r)) return false;
+    const std::lock_guard locked{tables_.lock()};
+    tables_.request_flush();
+    tables_.commit();
+    return true;
+  }
+  /// The same without a flush: what a TLB holds is used without setting the bit again. Takes no lock of the MMU.
+  bool clear_young(range r) noexcept { return young(slots_, gate_.domain(), r, ageing::clear); }
+  bool test_young(range r) noexcept { return young(slots_, gate_.domain(), r, ageing::test); }
+  /// The same for each page. Takes no lock of the MMU.
+  void young_pages(young_batch& batch) noexcept { x86::young_pages(slots_, gate_.domain(), batch); }
   /// Effects: everything is unmapped; faults answer `released` from now on. Slots and vCPUs stay. (K6)
   void release() noexcept {
     const std::lock_guard locked{tables_.lock()};
@@ -140,10 +224,22 @@ class shadow_mmu {
     tables_.set_released(false);
   }
 
+  /// Effects: every shadow page that there is now is gone when it returns; vCPUs fault anew. The MMU lock is held for a
+  /// few pages at a time, and faults go on beside it: what exists is cut off at once, by generation, and taken down
+  /// afterwards.
+  void zap_all() noexcept {
+    for (bool more = true, first = true; more; first = false) {
+      const std::lock_guard locked{tables_.lock()};
+      if (first) tables_.begin_generation();
+      more = tables_.zap_obsolete();
+      tables_.commit();
+    }
+  }
+
   /// Returns: the first broken invariant, or nullptr. Progress: blocking; looks at everything. Context: as the hooks.
   const char* verify() noexcept {
     const std::lock_guard locked{tables_.lock()};
-    return table_check(tables_, window_).run(Mode::levels);
+    return table_check(tables_, window_, zapping_).run(Mode::levels);
   }
 
   mmu_statistics statistics() const noexcept { return counters_.read(); }
@@ -158,26 +254,32 @@ class shadow_mmu {
   Provider& provider() noexcept { return provider_; }
   flush_gate& gate() noexcept { return gate_; }
   std::mutex& lock() noexcept { return tables_.lock(); }
+  mmu_counters& counters() noexcept { return counters_; }
+  static page_role root_role(const walk_context& c) noexcept { return fault_path<Provider, Mode>::root_role(c); }
   /// See fault_path::fault.
   outcome fault(vcpu_state& v, gva a, access how) noexcept { return faults_.fault(v, a, how); }
+  /// See fault_path.
+  void synchronise(const vcpu_state& v) noexcept { faults_.synchronise(v.context); }
+  void invalidate(vcpu_state& v, gva a) noexcept { faults_.invalidate(v, a); }
 
  private:
-  void zap(memslot& s) noexcept {
-    tables_.zap_slot(s);
-    tables_.commit();
-  }
+  bool keeps_reads(const invalidation& i) const noexcept { return i.in_place || downgrades_.contains(i.event); }
 
-  bool young(range r, shadow_tables::ageing how) noexcept {
-    const std::lock_guard locked{tables_.lock()};
-    const bool any = tables_.young(r, how);
-    tables_.commit();
-    return any;
+  /// What a change of the slots does under the MMU lock.
+  auto updating() noexcept {
+    return [this](memslot* going, std::uint64_t generation) noexcept {
+      if (going != nullptr) tables_.zap_slot(*going);
+      if (generation % shadow_entry::mmio_generations == 0) tables_.zap_mmio();
+      tables_.commit();
+    };
   }
 
   // In the order of destruction, last first: tables are taken down while slots and gate are there.
   Provider& provider_;
+  const event_set downgrades_;
   mmu_counters counters_;
-  mmu_window window_;
+  mmu_window window_;   ///< every bracket
+  mmu_window zapping_;  ///< those that take mappings down; for the self-check
   flush_gate gate_;
   memslots slots_;
   shadow_tables tables_;

@@ -14,7 +14,8 @@
 // period of the guest-mode sections has passed.
 //
 // Orderings: (sp1) an entry is published with release and (sp2) loaded by walkers with acquire, so that the linked
-// page's entries, zero when it was linked, are seen.
+// page's entries, zero when it was linked, are seen. (sp3) Bits are cleared with release and (sp4) set by vCPUs with
+// acquire: who makes a leaf writable again after a harvest sees that its mark in the dirty log was taken.
 
 #include <array>
 #include <atomic>
@@ -24,6 +25,7 @@
 #include <mmunotify/base/address.hpp>
 #include <mmunotify/config.hpp>
 #include <mmunotify/secondary/x86/entry.hpp>
+#include <mmunotify/secondary/x86/page_role.hpp>
 #include <mmunotify/secondary/x86/rmap.hpp>
 
 MMUNOTIFY_BEGIN_NAMESPACE
@@ -39,8 +41,10 @@ constexpr rights changed(rights r, std::uint8_t more, std::uint8_t less) noexcep
   return {static_cast<std::uint8_t>((r.bits | more) & ~less)};
 }
 
-/// A 64-bit shadow entry: x86 bits where the hardware would read them, and two that it would ignore.
-/// Leaf: frame number in bits 12..51. Link: the address of a shadow page in bits 10..62.
+/// A 64-bit shadow entry: x86 bits where the hardware would read them, and some that it would ignore.
+/// Leaf: frame number in bits 12..51. Link: the address of a shadow page in bits 10..62. Not present, but not zero: the
+/// guest maps a frame there that is in no slot (MMIO): guest frame in bits 12..51, in bits 52..62 the generation of the
+/// slots of which that is true.
 class shadow_entry {
  public:
   static constexpr std::uint64_t present_bit = 1;
@@ -50,7 +54,13 @@ class shadow_entry {
   static constexpr std::uint64_t dirty_bit = 1 << 6;
   static constexpr std::uint64_t leaf_bit = 1 << 7;        ///< else a link
   static constexpr std::uint64_t guest_user_bit = 1 << 8;  ///< U in the guest, also where CR0.WP=0 made us drop ours
+  static constexpr std::uint64_t mmio_bit = 1 << 9;        ///< where present_bit is clear
+  /// Guest, host and tracking let the leaf be written: if write_bit is clear, only to log the first write. Whoever sees
+  /// one write may set it, without the MMU lock. MUST be set where write_bit is.
+  static constexpr std::uint64_t may_write_bit = 1 << 10;
   static constexpr std::uint64_t no_execute_bit = std::uint64_t{1} << 63;
+  /// Generations of slots that an MMIO entry tells apart.
+  static constexpr std::uint64_t mmio_generations = std::uint64_t{1} << 11;
   /// Frame numbers that fit.
   static constexpr std::uint64_t frame_limit = std::uint64_t{1} << 40;
 
@@ -59,9 +69,15 @@ class shadow_entry {
 
   /// Precondition: frame.value < frame_limit.
   static constexpr shadow_entry leaf(pfn frame, rights r, bool guest_user) noexcept {
-    return shadow_entry((frame.value << page_shift) | present_bit | leaf_bit | (r.writable() ? write_bit : 0) |
+    return shadow_entry((frame.value << page_shift) | present_bit | leaf_bit |
+                        (r.writable() ? write_bit | may_write_bit : 0) | (r.user() ? user_bit : 0) |
+                        (r.executable() ? 0 : no_execute_bit) | (guest_user ? guest_user_bit : 0));
+  }
+  /// Precondition: frame.value < frame_limit.
+  static constexpr shadow_entry mmio(gfn frame, rights r, bool guest_user, std::uint64_t generation) noexcept {
+    return shadow_entry((frame.value << page_shift) | mmio_bit | (r.writable() ? write_bit : 0) |
                         (r.user() ? user_bit : 0) | (r.executable() ? 0 : no_execute_bit) |
-                        (guest_user ? guest_user_bit : 0));
+                        (guest_user ? guest_user_bit : 0) | generation % mmio_generations << 52);
   }
   static shadow_entry link(shadow_page& child) noexcept {
     return shadow_entry(reinterpret_cast<std::uintptr_t>(&child) | present_bit);
@@ -73,6 +89,14 @@ class shadow_entry {
   constexpr bool accessed() const noexcept { return (bits_ & accessed_bit) != 0; }
   constexpr bool dirty() const noexcept { return (bits_ & dirty_bit) != 0; }
   constexpr bool guest_user() const noexcept { return (bits_ & guest_user_bit) != 0; }
+  constexpr bool may_write() const noexcept { return (bits_ & may_write_bit) != 0; }
+  constexpr bool is_mmio() const noexcept { return (bits_ & (present_bit | mmio_bit)) == mmio_bit; }
+  /// Precondition: is_mmio().
+  constexpr gfn mmio_frame() const noexcept { return {(bits_ & pte::address) >> page_shift}; }
+  constexpr bool of_generation(std::uint64_t g) const noexcept {
+    if constexpr (detail::mutated(detail::mutation::stale_mmio)) return true;
+    return (bits_ >> 52) % mmio_generations == g % mmio_generations;
+  }
   constexpr rights allows() const noexcept { return rights_in(long_mode_4::grants(bits_, 1)); }
   /// Precondition: a leaf.
   constexpr pfn frame() const noexcept { return {(bits_ & ~no_execute_bit) >> page_shift}; }
@@ -89,53 +113,33 @@ class shadow_entry {
   std::uint64_t bits_ = 0;
 };
 
-/// Everything that changes the meaning of a shadow page, besides the guest entries themselves.
-struct page_role {
-  std::uint8_t level = 1;     ///< 1: its entries are 4 KiB leaves
-  std::uint8_t quadrant = 0;  ///< which part of a table with 4-byte entries; 0, those are not shadowed yet
-  bool direct = false;        ///< part of a large guest leaf: no guest table stands behind it
-  rights access{};            ///< what the levels above grant; for a direct page, the rights of all its leaves
-  bool guest_user = false;    ///< of a direct page: U in the guest, which `access` may lack where CR0.WP=0
-  bool wp = false;            ///< CR0.WP
-  bool nxe = false;           ///< EFER.NXE
-  bool smep = false;          ///< CR4.SMEP
-  bool smap = false;          ///< CR4.SMAP
-
-  friend constexpr bool operator==(const page_role&, const page_role&) = default;
-
-  /// The role of a guest table below this one.
-  constexpr page_role table_below(rights granted) const noexcept {
-    page_role r = *this;
-    --r.level;
-    r.access = granted;
-    return r;
-  }
-  /// The role of a part of a large leaf in this table. Leaves that share a direct page must agree in all that its
-  /// entries say: whether the page may be written already as well (two leaves have two dirty bits).
-  constexpr page_role part_below(rights leaf_rights, bool user_in_guest) const noexcept {
-    page_role r = table_below(leaf_rights);
-    r.direct = true;
-    r.guest_user = user_in_guest;
-    return r;
-  }
-};
-
 /// One page of shadow entries. Everything but `entries` is guarded by the MMU lock.
 struct alignas(shadow_page_alignment) shadow_page {
   /// MUST be all zero before the page is linked, and again before it is unlinked for good.
   std::array<std::atomic<std::uint64_t>, entries_per_table> entries{};
-  /// The guest frame that a present leaf maps. MUST agree with the slot's reverse mapping.
-  std::array<std::uint64_t, entries_per_table> leaf_frames{};
+  /// The (first) guest frame that a present leaf maps. MUST agree with the slot's reverse mapping. Written before the
+  /// leaf; who has seen the leaf in a guest-mode section may read it until the section ends, because an entry that was
+  /// present is not installed again before a flush.
+  std::array<std::atomic<std::uint64_t>, entries_per_table> leaf_frames{};
 
   gfn frame{};  ///< the guest table; of a direct page, the first frame that it maps
   page_role role{};
-  entry_list parents;           ///< MUST hold exactly the present entries that link this page
-  unsigned present = 0;         ///< MUST be the number of present entries
-  unsigned unheard_writes = 0;  ///< guest writes since a fault last used the page; many: it is no page table any more
+  entry_list parents;            ///< MUST hold exactly the present entries that link this page
+  unsigned present = 0;          ///< MUST be the number of present entries
+  unsigned mmio = 0;             ///< MUST be the number of MMIO entries
+  unsigned unheard_writes = 0;   ///< guest writes since a fault last used the page; many: it is no page table any more
+  std::uint64_t generation = 0;  ///< of the tables; an older one: the page is obsolete, and nothing leads to it
+  /// The guest may have written the table since its entries were shadowed: what is here is what the guest's TLB would
+  /// still hold. Level 1 only.
+  bool unsync = false;
+  shadow_page* next_unsync = nullptr;
   shadow_page* next_in_bucket = nullptr;
   shadow_page* older = nullptr;
   shadow_page* newer = nullptr;
   shadow_page* next_spare = nullptr;
+
+  /// Precondition: entry i is a leaf.
+  gfn leaf_frame(unsigned i) const noexcept { return {leaf_frames[i].load(std::memory_order_relaxed)}; }
 
   shadow_entry load(unsigned i) const noexcept {
     return shadow_entry(entries[i].load(std::memory_order_acquire));  // (sp2) pairs with (sp1)
@@ -144,10 +148,21 @@ struct alignas(shadow_page_alignment) shadow_page {
   shadow_entry exchange(unsigned i, shadow_entry e) noexcept {
     return shadow_entry(entries[i].exchange(e.bits(), std::memory_order_acq_rel));  // (sp1) pairs with (sp2)
   }
+  /// Effects: the leaf maps this frame and no longer the one before; whatever else it says stays, also what a vCPU adds
+  /// at the same time. Context: MMU lock.
+  void replace_frame(unsigned i, pfn next) noexcept {
+    std::uint64_t now = entries[i].load(std::memory_order_relaxed);
+    // (sp1) release pairs with (sp2): the new frame holds what the primary copied there.
+    while (!entries[i].compare_exchange_weak(now, (now & ~pte::address) | next.value << page_shift,
+                                             std::memory_order_release, std::memory_order_relaxed)) {
+    }
+  }
   /// Returns: true if the entry was still `seen` and is now `wanted`. Progress: wait-free. Context: guest mode too.
   bool update(unsigned i, shadow_entry seen, shadow_entry wanted) noexcept {
     std::uint64_t expected = seen.bits();
-    return entries[i].compare_exchange_strong(expected, wanted.bits(), std::memory_order_relaxed);
+    // (sp4) acquire pairs with (sp3).
+    return entries[i].compare_exchange_strong(expected, wanted.bits(), std::memory_order_acquire,
+                                              std::memory_order_relaxed);
   }
 };
 
@@ -155,7 +170,7 @@ static_assert(alignof(shadow_page) == shadow_page_alignment &&
                   std::size_t{entries_per_table} * 2 <= shadow_page_alignment,
               "an entry place must fit into one word");
 
-/// All shadow pages: by (frame, role), and by age. Under the MMU lock.
+/// All shadow pages: by (frame, role, generation), and by age. Under the MMU lock.
 /// Limits: a fixed number of buckets, so that making it cannot fail; pages of one frame share a bucket.
 class page_index {
  public:
@@ -166,9 +181,10 @@ class page_index {
   std::size_t size() const noexcept { return size_; }
   shadow_page* oldest() const noexcept { return oldest_; }
 
-  shadow_page* find(gfn frame, const page_role& role) const noexcept {
+  /// Returns: the page of this frame, role and generation, or nullptr.
+  shadow_page* find(gfn frame, page_role role, std::uint64_t generation = 0) const noexcept {
     for (shadow_page* p = buckets_[bucket(frame)]; p != nullptr; p = p->next_in_bucket) {
-      if (p->frame == frame && p->role == role) return p;
+      if (p->frame == frame && p->role == role && p->generation == generation) return p;
     }
     return nullptr;
   }
@@ -176,7 +192,15 @@ class page_index {
   /// Returns: whether the frame is a guest table that has a shadow page, so that it must stay write-protected.
   bool tracked(gfn frame) const noexcept {
     for (const shadow_page* p = buckets_[bucket(frame)]; p != nullptr; p = p->next_in_bucket) {
-      if (p->frame == frame && !p->role.direct) return true;
+      if (p->frame == frame && !p->role.direct()) return true;
+    }
+    return false;
+  }
+
+  /// Returns: whether the frame must be mapped writable nowhere: it has a page that is not out of step with it.
+  bool write_protected(gfn frame) const noexcept {
+    for (const shadow_page* p = buckets_[bucket(frame)]; p != nullptr; p = p->next_in_bucket) {
+      if (p->frame == frame && !p->role.direct() && !p->unsync) return true;
     }
     return false;
   }

@@ -79,23 +79,95 @@ class soft_tlb {
   std::array<tlb_entry, Entries> entries_{};
 };
 
+/// What a root is remembered by: the guest's top table and how it is read.
+struct root_key {
+  gfn table{};
+  std::uint32_t role = 0;
+
+  friend constexpr bool operator==(const root_key&, const root_key&) = default;
+};
+
 /// What the MMU knows of a vCPU: the part that other threads touch.
+///
+/// A guest switches between a few address spaces all the time, so the roots of the last ones are kept (Linux:
+/// prev_roots). Which one is in use is the owner's alone; that a root's page goes, anybody's who holds the MMU lock.
 class vcpu_port {
  public:
+  /// Roots that are remembered, the one in use among them.
+  static constexpr unsigned remembered = 4;
+
   vcpu_port() = default;
   vcpu_port(const vcpu_port&) = delete;
   vcpu_port& operator=(const vcpu_port&) = delete;
 
-  /// The top shadow table, or nullptr: fault first. Context: inside a guest-mode section.
-  shadow_page* root() const noexcept { return root_.load(std::memory_order_acquire); }  // (tlb3) pairs with (tlb4)
-  /// Context: MMU lock; or the owner thread, with nullptr.
-  void set_root(shadow_page* p) noexcept { root_.store(p, std::memory_order_release); }  // (tlb4) pairs with (tlb3)
+  /// The top shadow table, or nullptr: fault first.
+  /// Context: the owner thread, inside a guest-mode section or under the MMU lock.
+  shadow_page* root() const noexcept {
+    return roots_[current_].page.load(std::memory_order_acquire);  // (tlb3) pairs with (tlb4)
+  }
+  /// Context: the owner thread, under the MMU lock.
+  void set_root(shadow_page* p) noexcept {
+    roots_[current_].page.store(p, std::memory_order_release);  // (tlb4) pairs with (tlb3)
+  }
+
+  /// Effects: this root is in use from now on; the least recently used one makes room.
+  /// Returns: whether its page is known. Context: the owner thread, outside guest mode; takes no lock.
+  bool select(const root_key& k) noexcept {
+    unsigned found = 0;
+    for (unsigned i = 0; i < remembered; ++i) {
+      if (roots_[i].used != 0 && matches(roots_[i].key, k)) {
+        found = i;
+        break;
+      }
+      if (roots_[i].used < roots_[found].used) found = i;
+    }
+    remembered_root& r = roots_[found];
+    if (r.used == 0 || !matches(r.key, k)) {
+      r.key = k;
+      r.page.store(nullptr, std::memory_order_relaxed);
+    }
+    r.used = ++clock_;
+    current_ = found;
+    return r.page.load(std::memory_order_relaxed) != nullptr;
+  }
+
+  /// Effects: the page is no root any more. Context: MMU lock; the page is freed after a flush.
+  void forget_root(const shadow_page& p) noexcept {
+    for (remembered_root& r : roots_) {
+      if (r.page.load(std::memory_order_relaxed) == &p) r.page.store(nullptr, std::memory_order_relaxed);
+    }
+  }
+  /// Context: MMU lock.
+  void forget_roots() noexcept {
+    for (remembered_root& r : roots_) r.page.store(nullptr, std::memory_order_relaxed);
+  }
+  /// Calls f(const shadow_page&) for each root. Context: MMU lock.
+  template <class F>
+  void for_each_root(F&& f) const {
+    for (const remembered_root& r : roots_) {
+      if (const shadow_page* const p = r.page.load(std::memory_order_relaxed); p != nullptr) f(*p);
+    }
+  }
 
  private:
   friend class flush_gate;
   friend class guest_mode_section;
+
+  struct remembered_root {
+    std::atomic<shadow_page*> page{nullptr};
+    root_key key{};          ///< the owner's
+    std::uint64_t used = 0;  ///< the owner's: when it was selected last; 0: never
+  };
+
+  static constexpr bool matches(const root_key& a, const root_key& b) noexcept {
+    if constexpr (detail::mutated(detail::mutation::wide_root_key)) return a.table == b.table;
+    return a == b;
+  }
+
   std::atomic<bool> flush_requested_{false};
-  std::atomic<shadow_page*> root_{nullptr};
+  std::array<remembered_root, remembered> roots_{};
+  unsigned current_ = 0;
+  std::uint64_t clock_ = 0;
   vcpu_port* next_ = nullptr;  ///< under the MMU lock
 };
 

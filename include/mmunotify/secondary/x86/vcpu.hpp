@@ -6,13 +6,17 @@
 // One access is: enter guest mode, look into the TLB, else walk the shadow tables without a lock, else leave guest
 // mode, fault, and start again. The shadow walk sets accessed bits, and dirty ones for writes, as hardware would.
 // Shadow leaves are judged as with CR0.WP=1: where WP=0 lets the supervisor write more, the fault path has made the
-// leaf writable (fault.hpp).
+// leaf writable (fault.hpp). A leaf that is read-only for nothing but a dirty log is made writable on the way, by
+// compare-exchange; one that remembers MMIO answers for the frame that is in no slot.
 //
 // Which change of state empties what:
-//   CR3                       TLB and root (global pages too, which the architecture allows)
+//   CR3                       TLB (global pages too, which the architecture allows); the roots of the last few address
+//                             spaces are remembered, so that a switch back is no fault
 //   CR0.WP, CR4.SMEP/SMAP,
-//   EFER.NXE                  TLB and root: they are part of a shadow page's role
-//   INVLPG                    one TLB entry; the shadow tables are in step with the guest's already
+//   EFER.NXE                  TLB; the root is another one, since they are part of a shadow page's role
+//   INVLPG                    one TLB entry, and its shadow leaf if the table may be out of step
+// All but INVLPG bring shadow tables that are out of step with the guest's up to date (unsync.hpp), as does
+// flush_tlb().
 //   CPL, EFLAGS.AC            nothing: rights are judged at each access
 //
 // Context: every member is for the thread that runs the vCPU, outside callbacks and guest mode.
@@ -46,6 +50,11 @@ concept vcpu_host = frame_provider<typename M::provider_type> && shadowed_mode<t
                       { m.gate() } noexcept -> std::same_as<flush_gate&>;
                       { m.lock() } noexcept -> std::same_as<std::mutex&>;
                       { m.fault(s, a, how) } noexcept -> std::same_as<outcome>;
+                      { m.root_role(s.context) } noexcept -> std::same_as<page_role>;
+                      { m.slots() } noexcept -> std::same_as<const memslots&>;
+                      { m.counters() } noexcept -> std::same_as<mmu_counters&>;
+                      m.synchronise(s);
+                      m.invalidate(s, a);
                     };
 
 template <vcpu_host Mmu>
@@ -55,6 +64,7 @@ class vcpu {
  public:
   /// Effects: a vCPU of this VM; from now on flushes reach it. Precondition: the MMU outlives it.
   explicit vcpu(Mmu& mmu) noexcept : mmu_(mmu) {
+    select_root();
     const std::lock_guard locked{mmu_.lock()};
     mmu_.gate().attach_locked(state_.port);
   }
@@ -95,9 +105,15 @@ class vcpu {
   }
 
   /// INVLPG.
-  void invlpg(gva a) noexcept { tlb_.drop(a); }
-  /// Effects: empties the TLB; the shadow tables stay.
-  void flush_tlb() noexcept { tlb_.clear(); }
+  void invlpg(gva a) noexcept {
+    tlb_.drop(a);
+    if (mode::canonical(a)) mmu_.invalidate(state_, a);
+  }
+  /// Effects: empties the TLB; the shadow tables stay, as far as they follow from the guest's.
+  void flush_tlb() noexcept {
+    tlb_.clear();
+    mmu_.synchronise(state_);
+  }
 
   // --- Memory. ------------------------------------------------------------------------------------------------------
 
@@ -109,15 +125,16 @@ class vcpu {
     requires std::is_nothrow_invocable_v<F&, std::byte*>
   outcome access(gva a, x86::access how, F&& f) noexcept {
     if (!mode::canonical(a)) return {.what = outcome::general_protection};
-    while (!touch(a, how, f)) {
-      const outcome o = mmu_.fault(state_, a, how);
+    while (true) {
+      outcome o = touch(a, how, f);
+      if (o.what != outcome::again) return o;
+      o = mmu_.fault(state_, a, how);
       if (o.what == outcome::again) {
         std::this_thread::yield();
       } else if (o.what != outcome::done) {
         return o;
       }
     }
-    return {};
   }
 
   /// Effects: one attempt to install what the access needs, which may collide (outcome::again). Nothing is touched.
@@ -128,20 +145,21 @@ class vcpu {
   /// Returns: whether the access would hit now, in the TLB or the shadow tables, without a fault.
   bool hits(gva a, x86::access how) noexcept {
     const auto nothing = [](std::byte*) noexcept {};
-    return mode::canonical(a) && touch(a, how, nothing);
+    return mode::canonical(a) && touch(a, how, nothing).what == outcome::done;
   }
 
  private:
+  /// Returns: done; not_mapped, if the frame is known to be in no slot; again: fault first.
   template <class F>
-  bool touch(gva a, x86::access how, F& f) noexcept {
+  outcome touch(gva a, x86::access how, F& f) noexcept {
     const guest_mode_section in{mmu_.gate(), state_.port, tlb_};
     const tlb_entry* e = tlb_.find(a);
     if (e == nullptr || !permits(e->allows, e->guest_user, how)) [[unlikely]] {
-      if (!walk(a, how)) return false;
+      if (const outcome o = walk(a, how); o.what != outcome::done) return o;
       e = tlb_.find(a);
     }
     f(e->host + a.offset());
-    return true;
+    return {};
   }
 
   /// SMEP and SMAP ask for the guest's U, users for ours.
@@ -153,30 +171,68 @@ class vcpu {
     return !contains(forbidden_rights(c, how), seen);
   }
 
-  /// Effects: walks the shadow tables and fills the TLB. Returns: false: fault. Context: guest mode; lock-free.
-  bool walk(gva a, x86::access how) noexcept {
+  /// Effects: walks the shadow tables and fills the TLB. Returns: as touch. Context: guest mode; lock-free.
+  outcome walk(gva a, x86::access how) noexcept {
     shadow_page* p = state_.port.root();
     for (unsigned level = mode::levels; p != nullptr; --level) {
       const auto i = static_cast<unsigned>(mode::index(a, level));
       const shadow_entry e = p->load(i);
-      if (!e.present()) return false;
-      if (level == 1) return use_leaf(*p, i, e, a, how);
+      if (e.is_mmio()) return use_mmio(e, a, how);
+      if (!e.present()) break;
+      if (e.is_leaf()) return use_leaf(*p, i, level, a, how) ? outcome{} : outcome{.what = outcome::again};
       p = e.child();
     }
-    return false;
+    return {.what = outcome::again};
   }
 
-  bool use_leaf(shadow_page& p, unsigned i, shadow_entry e, gva a, x86::access how) noexcept {
+  outcome use_mmio(shadow_entry e, gva a, x86::access how) noexcept {
+    const bool good = e.of_generation(mmu_.slots().current().generation());
+    if (!good || !permits(e.allows(), e.guest_user(), how)) return {.what = outcome::again};
+    mmu_.counters().add(mmu_counters::mmio_hits);
+    return {.what = outcome::not_mapped, .address = base_of(e.mmio_frame()) + a.offset()};
+  }
+
+  /// Precondition: entry i of p, a page of this level, was a leaf.
+  bool use_leaf(shadow_page& p, unsigned i, unsigned level, gva a, x86::access how) noexcept {
     const std::uint64_t used = shadow_entry::accessed_bit | (is_write(how) ? shadow_entry::dirty_bit : 0);
+    shadow_entry e;
     while (true) {
-      if (!e.present() || !permits(e.allows(), e.guest_user(), how)) return false;
-      if (e.with(used) == e || p.update(i, e, e.with(used))) break;
       e = p.load(i);
+      if (!e.present() || !e.is_leaf()) return false;
+      const bool upgrade = is_write(how) && e.may_write() && !e.allows().writable();
+      const shadow_entry wanted = e.with(used | (upgrade ? shadow_entry::write_bit : 0));
+      if (!permits(wanted.allows(), e.guest_user(), how)) return false;
+      if (wanted == e) break;
+      if (update(p, i, e, wanted, upgrade)) {
+        e = wanted;
+        break;
+      }
     }
-    const bool writes_seen = e.with(used).dirty();  // else the first write must come here again
-    tlb_.insert(a, mmu_.provider().data(e.frame()), changed(e.allows(), 0, writes_seen ? 0 : rights::write_bit),
+    // Writes before the dirty bit is set must come here again.
+    const std::uint64_t inside = (a.value >> page_shift) & (frames_at(level) - 1);
+    tlb_.insert(a, mmu_.provider().data(e.frame() + inside), changed(e.allows(), 0, e.dirty() ? 0 : rights::write_bit),
                 e.guest_user());
     return true;
+  }
+
+  /// Effects: the compare-exchange, and the mark in the dirty log of what it made writable: after it (dirty_log.hpp).
+  bool update(shadow_page& p, unsigned i, shadow_entry e, shadow_entry wanted, bool upgrade) noexcept {
+    constexpr bool early = detail::mutated(detail::mutation::mark_before_upgrade);
+    if (early && upgrade) {
+      mark_written(p, i);
+      std::this_thread::yield();
+    }
+    if (!p.update(i, e, wanted)) return false;
+    if (upgrade) {
+      mmu_.counters().add(mmu_counters::fast_writes);
+      if (!early) mark_written(p, i);
+    }
+    return true;
+  }
+
+  void mark_written(const shadow_page& p, unsigned i) noexcept {
+    const gfn f = p.leaf_frame(i);
+    if (const memslot* const s = mmu_.slots().current().find(f); s != nullptr) s->mark_dirty(f);
   }
 
   void set_role_bit(bool& held, bool on) noexcept {
@@ -186,7 +242,11 @@ class vcpu {
   }
   void reload() noexcept {
     tlb_.clear();
-    state_.port.set_root(nullptr);
+    if (select_root()) mmu_.counters().add(mmu_counters::roots_reused);
+    mmu_.synchronise(state_);
+  }
+  bool select_root() noexcept {
+    return state_.port.select({frame_of(mode::root(state_.context.cr3)), mmu_.root_role(state_.context).word()});
   }
 
   Mmu& mmu_;

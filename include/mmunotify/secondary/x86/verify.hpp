@@ -23,8 +23,9 @@ namespace x86 {
 /// Context: MMU lock, for the lifetime of the object.
 class table_check {
  public:
-  table_check(shadow_tables& tables, const mmu_window& window) noexcept
-      : tables_(tables), slots_(tables.slots_.current()), window_(window) {}
+  /// window: all brackets; zapping: those that take mappings down, the others leave them read-only.
+  table_check(shadow_tables& tables, const mmu_window& window, const mmu_window& zapping) noexcept
+      : tables_(tables), slots_(tables.slots_.current()), window_(window), zapping_(zapping) {}
 
   /// Returns: the first broken invariant as a sentence, or nullptr. Precondition: at rest, all brackets' starts done.
   const char* run(unsigned levels) noexcept {
@@ -32,9 +33,12 @@ class table_check {
     if (tables_.retired_.size() != 0) return "an unlinked page waits although no flush is due";
     for_pages(&table_check::check_page);
     if (broken_ == nullptr && pages_ != tables_.index_.size()) broken_ = "the index has lost count of its pages";
+    require(unsync_ == tables_.unsync_.size(), "the list of pages that are out of step has lost count");
     if (broken_ == nullptr && tables_.released() && pages_ != 0) broken_ = "a released MMU has shadow pages";
     for (memslot* s : slots_.slots()) check_slot(*s);
     if (broken_ == nullptr && mapped_ != leaves_) broken_ = "there are more leaves than reverse mappings, or fewer";
+    if (broken_ == nullptr && table_count_ != table_pages_)
+      broken_ = "the slots have lost count of the shadowed tables";
     check_roots(levels);
     return broken_;
   }
@@ -53,13 +57,21 @@ class table_check {
 
   void check_page(shadow_page& p) noexcept {
     ++pages_;
-    require(tables_.index_.find(p.frame, p.role) == &p, "a shadow page is not where the index looks for it");
-    require(p.role.direct || slots_.find(p.frame) != nullptr, "a shadowed guest table is in no slot");
-    unsigned present = 0;
+    require(tables_.index_.find(p.frame, p.role, p.generation) == &p,
+            "a shadow page is not where the index looks for it");
+    require(!p.role.invalid() && p.generation <= tables_.generation_, "a page in the index is not in use");
+    if (!p.role.direct()) {
+      ++table_pages_;
+      require(slots_.find(p.frame) != nullptr, "a shadowed guest table is in no slot");
+    }
+    require(!p.unsync || (p.role.level() == 1 && !p.role.direct()), "a page is out of step that must not be");
+    unsync_ += p.unsync ? 1 : 0;
+    unsigned present = 0, mmio = 0;
     for (unsigned i = 0; i < entries_per_table; ++i) {
       const shadow_entry e = p.load(i);
       if (!e.present()) {
-        require(e == shadow_entry{}, "an entry that is not present has bits");
+        mmio += e.is_mmio() ? 1 : 0;
+        require(e == shadow_entry{} || (e.is_mmio() && p.role.level() == 1), "an entry that is not present has bits");
         continue;
       }
       ++present;
@@ -69,7 +81,7 @@ class table_check {
         check_link(p, i, *e.child());
       }
     }
-    require(present == p.present, "a shadow page has lost count of its entries");
+    require(present == p.present && mmio == p.mmio, "a shadow page has lost count of its entries");
     p.parents.for_each([&](entry_place at) { check_parent(p, at); });
   }
 
@@ -79,64 +91,103 @@ class table_check {
   }
 
   void check_link(shadow_page& p, unsigned i, shadow_page& child) noexcept {
-    require(p.role.level > 1, "a page of the lowest level has a link");
-    require(tables_.index_.find(child.frame, child.role) == &child, "a linked page is not in the index");
+    require(p.role.level() > 1, "a page of the lowest level has a link");
+    require(tables_.index_.find(child.frame, child.role, child.generation) == &child,
+            "a linked page is not in the index");
     require(child.parents.contains({&p, i}), "a link is missing among its page's parents");
-    require(child.role.level + 1 == p.role.level, "a link skips a level");
-    require(covers(most_below(p.role), child.role.access), "a table grants more than the ones above it");
-    require(child.role.direct || !p.role.direct, "an indirect page hangs below a direct one");
+    require(child.role.level() + 1 == p.role.level(), "a link skips a level");
+    require(covers(most_below(p.role), child.role.access()), "a table grants more than the ones above it");
+    require(child.generation == p.generation, "a link leads to a page of another generation");
+    require(child.role.direct() || !p.role.direct(), "an indirect page hangs below a direct one");
   }
 
   /// What may be granted below: CR0.WP=0 lets the supervisor write what no level grants.
-  static rights most_below(const page_role& r) noexcept { return changed(r.access, r.wp ? 0 : rights::write_bit, 0); }
+  static rights most_below(const page_role& r) noexcept {
+    return changed(r.access(), r.wp() ? 0 : rights::write_bit, 0);
+  }
 
   void check_leaf(shadow_page& p, unsigned i, shadow_entry e) noexcept {
     ++leaves_;
-    const gfn frame{p.leaf_frames[i]};
+    const gfn frame = p.leaf_frame(i);
+    const unsigned level = p.role.level();
     memslot* const slot = slots_.find(frame);
-    require(p.role.level == 1, "a leaf is above the lowest level");
+    require(level <= top_leaf_level, "a leaf is above the highest level that maps pages");
     if (slot == nullptr) return fail("a leaf maps a frame outside all slots");
-    require(slot->mappings(frame).contains({&p, i}), "a leaf is missing in the reverse mapping");
-    require(!window_.open_hits(page_range(slot->config().host_of(frame))), "a leaf is inside an open bracket");
-    require(!p.role.direct || frame == p.frame + i, "a direct page maps a frame that is not its own");
-    if (e.allows().writable()) {
-      require(!tables_.index_.tracked(frame), "a shadowed guest table is mapped writable");
+    if (level > 1 && broken_ == nullptr) check_large(*slot, frame, level, e);
+    if (broken_ != nullptr) return;
+    require(slot->mappings(frame, level).contains({&p, i}), "a leaf is missing in the reverse mapping");
+    const auto host = static_cast<std::uintptr_t>(slot->config().host_of(frame).value);
+    const range bytes{host, host + (frames_at(level) << page_shift)};
+    require(!zapping_.open_hits(bytes), "a leaf is inside an open bracket");
+    require(!p.role.direct() || frame == p.frame + i * frames_at(level),
+            "a direct page maps a frame that is not its own");
+    require(e.may_write() || !e.allows().writable(), "a leaf is writable although it may not be written");
+    if (e.may_write()) {
+      require(!window_.open_hits(bytes), "a leaf may be written inside an open bracket");
+      require(!tables_.index_.write_protected(frame), "a shadowed guest table is mapped writable");
       require(!slot->config().read_only, "a read-only slot is mapped writable");
     }
     require(covers(most_below(p.role), e.allows()), "a leaf grants more than the tables above it");
-    require(!p.role.direct || e.guest_user() == p.role.guest_user, "a direct page's leaf differs from its role");
+    require(!p.role.direct() || e.guest_user() == p.role.guest_user(), "a direct page's leaf differs from its role");
+  }
+
+  void check_large(memslot& slot, gfn frame, unsigned level, shadow_entry e) noexcept {
+    const std::uint64_t mask = frames_at(level) - 1;
+    require((frame.value & mask) == 0 && (e.frame().value & mask) == 0, "a large leaf is not aligned");
+    require(slot.config().contains(frame + mask), "a large leaf reaches beyond its slot");
+    if (broken_ != nullptr) return;
+    require(slot.table_count(frame, level) == 0, "a shadowed guest table is part of a large leaf");
+    require(slot.log() == nullptr, "a large leaf is in a slot whose writes are logged");
   }
 
   void check_slot(memslot& s) noexcept {
     const memslot_config& c = s.config();
-    for (gfn f = c.base; f < c.end(); f = f + 1) {
-      s.mappings(f).for_each([&](entry_place at) {
-        ++mapped_;
-        const shadow_entry e = at.page->load(at.index);
-        require(e.present() && e.is_leaf(), "a reverse mapping names no leaf");
-        require(at.page->leaf_frames[at.index] == f.value, "a reverse mapping names another frame's leaf");
-      });
+    for (unsigned level = 1; level <= top_leaf_level; ++level) {
+      for (gfn f = aligned_to(c.base, level); f < c.end(); f = f + frames_at(level)) check_list(s, f, level);
+    }
+  }
+
+  void check_list(memslot& s, gfn f, unsigned level) noexcept {
+    entry_list& l = s.mappings(f, level);
+    require(l.empty() != s.listed(f, level), "the set of mapped frames differs from the reverse mappings");
+    std::size_t n = 0;
+    l.for_each([&](entry_place at) {
+      ++n;
+      const shadow_entry e = at.page->load(at.index);
+      require(e.present() && e.is_leaf(), "a reverse mapping names no leaf");
+      require(at.page->leaf_frame(at.index) == f, "a reverse mapping names another frame's leaf");
+      require(at.page->role.level() == level, "a reverse mapping names a leaf of another level");
+    });
+    require(n == l.count(), "a reverse mapping has lost count");
+    mapped_ += n;
+    if (level == 3) {
+      table_count_ += s.table_count(f, level);
     }
   }
 
   void check_roots(unsigned levels) noexcept {
     tables_.gate_.for_each_locked([&](vcpu_port& port) {
-      const shadow_page* const p = port.root();
-      if (p == nullptr) return;
-      bool found = false;
-      tables_.index_.for_each([&](const shadow_page& q) { found = found || &q == p; });
-      if (!found) return fail("a vCPU's root is no shadow page of this VM");
-      require(p->role.level == levels && !p->role.direct, "a vCPU's root is not a top table");
+      port.for_each_root([&](const shadow_page& p) {
+        bool found = false;
+        tables_.index_.for_each([&](const shadow_page& q) { found = found || &q == &p; });
+        if (!found) return fail("a vCPU's root is no shadow page of this VM");
+        require(p.role.level() == levels && !p.role.direct(), "a vCPU's root is not a top table");
+        require(p.generation == tables_.generation_, "a vCPU's root is obsolete");
+      });
     });
   }
 
   shadow_tables& tables_;
   const memslot_snapshot& slots_;
   const mmu_window& window_;
+  const mmu_window& zapping_;
   const char* broken_ = nullptr;
   std::size_t pages_ = 0;
   std::size_t leaves_ = 0;
   std::size_t mapped_ = 0;
+  std::size_t unsync_ = 0;
+  std::size_t table_pages_ = 0;
+  std::size_t table_count_ = 0;
 };
 
 }  // namespace x86
