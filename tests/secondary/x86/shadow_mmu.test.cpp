@@ -251,7 +251,7 @@ TEST_CASE(
   f.mmu.invalidate_range_end(bracket);
   CHECK(f.mmu.statistics().faults == before.faults);
   CHECK(f.mmu.statistics().zapped == before.zapped);
-  CHECK(f.mmu.statistics().changed == 2);
+  CHECK(f.mmu.statistics().replaced == 2);
   CHECK(touch(f.cpu, va, access::write).at == f.now(page));
   CHECK(f.mmu.verify() == nullptr);
 }
