@@ -130,7 +130,7 @@ inline std::string parse_pages(byte_reader& in, std::uint32_t count, mode m, std
   const auto twin = std::adjacent_find(pages.begin(), pages.end(),
                                        [](const table_page& a, const table_page& b) { return a.where == b.where; });
   if (twin != pages.end()) return "the table page at " + hex(twin->where) + " occurs twice";
-  const std::uint64_t root = cr3 & mmunotify::x86::pte::address;
+  const std::uint64_t root = cr3 & mmunotify::x86::bit_range(12, m < mode::long_4 ? 31 : 51);
   if (m != mode::none && std::none_of(pages.begin(), pages.end(), [&](const auto& p) { return p.where == root; })) {
     return "the root table at " + hex(root) + " is missing";
   }
@@ -172,6 +172,17 @@ inline std::string parse_runs(byte_reader& in, std::uint32_t count, linux_tables
   return {};
 }
 
+/// QEMU marks the PDPTEs of PAE as accessed when it walks through them. No processor does; the bit is reserved, and
+/// with it they could not be loaded.
+inline void unmark_pdptes(linux_tables& t) {
+  namespace x86 = mmunotify::x86;
+  const std::uint64_t where = x86::pae::root(t.regs.cr3).value;
+  for (table_page& p : t.pages) {
+    if (p.where != (where & ~std::uint64_t{0xfff})) continue;
+    for (std::size_t i = 0; i < 4; ++i) p.words[(where & 0xfff) / 8 + i] &= ~x86::pte::accessed;
+  }
+}
+
 inline std::string parse(byte_reader& in, linux_tables& out) {
   const std::uint32_t raw_mode = in.u32();
   out.regs = parse_registers(in);
@@ -187,7 +198,9 @@ inline std::string parse(byte_reader& in, linux_tables& out) {
   out.mode = static_cast<mode>(raw_mode);
   out.effective_measured = measured == 1;
   auto wrong = parse_pages(in, pages, out.mode, out.regs.cr3, out.ram_bytes, out.pages);
-  return wrong.empty() ? parse_runs(in, runs, out) : wrong;
+  if (!wrong.empty()) return wrong;
+  if (out.mode == mode::pae) unmark_pdptes(out);
+  return parse_runs(in, runs, out);
 }
 
 inline std::string parse(byte_reader& in, kvm_translations& out) {
@@ -253,6 +266,7 @@ inline std::string parse(byte_reader& in, access_matrix& out) {
   std::uint64_t expected = 1;
   for (const std::uint32_t radix : matrix_radices(out.mode, out.leaf_level)) expected *= radix;
   if (expected == 0) return "there is no block with leaves at level " + std::to_string(out.leaf_level) + " in its mode";
+  if (out.block != block_of(out.mode, out.leaf_level)) return "it is not block " + std::to_string(out.block);
   if (rows != expected) {
     return "its block has " + std::to_string(expected) + " rows and it announces " + std::to_string(rows);
   }
@@ -260,6 +274,26 @@ inline std::string parse(byte_reader& in, access_matrix& out) {
     return "it announces " + std::to_string(bytes) + " bytes of runs and has " + std::to_string(in.left());
   }
   return parse_outcomes(in, runs, rows, out.outcomes);
+}
+
+/// A row and its entries, as many and as wide as its mode has. Returns: false if it is damaged or torn.
+inline bool parse_row(byte_reader& in, access_fuzz::row& r) {
+  const std::uint8_t row_mode = in.u8();
+  r.cpu = in.u8();
+  r.acc = in.u8();
+  const std::uint8_t status = in.u8();
+  r.error_code = in.u16();
+  r.newly_set = in.u16();
+  r.pkru = in.u32();
+  r.sources = in.u32();
+  r.va = in.u64();
+  r.pa = in.u64();
+  if (row_mode == 0 || row_mode >= mode_count || r.cpu > 0x3f || r.acc > 7 || status > 3) return false;
+  r.mode = static_cast<mode>(row_mode);
+  r.status = static_cast<access_fuzz::status>(status);
+  const bool wide = r.mode >= mode::pae;
+  for (unsigned l = 0; l < levels_of(r.mode); ++l) r.entries[l] = wide ? in.u64() : in.u32();
+  return !in.torn();
 }
 
 inline std::string parse(byte_reader& in, access_fuzz& out) {
@@ -273,24 +307,46 @@ inline std::string parse(byte_reader& in, access_fuzz& out) {
   if (gib > 1 || zero != 0 || raw_mode == 0 || out.pse36_bits > 40) return "its header is damaged";
   out.mode = static_cast<mode>(raw_mode);
   out.gib_pages = gib == 1;
-  const bool wide = out.mode >= mode::pae;
-  const unsigned levels = levels_of(out.mode);
-  if (!in.holds(rows, 32 + levels * (wide ? 8U : 4U))) return too_many("rows", rows);
+  if (!in.holds(rows, 32 + 2 * 4)) return too_many("rows", rows);  // of the smallest mode; each row is checked again
   out.rows.resize(rows);
-  for (auto& r : out.rows) {
-    const std::uint8_t row_mode = in.u8();
-    r.cpu = in.u8();
-    r.acc = in.u8();
-    const std::uint8_t status = in.u8();
-    r.error_code = in.u16();
-    r.newly_set = in.u16();
-    r.pkru = in.u32();
-    r.sources = in.u32();
-    r.va = in.u64();
-    r.pa = in.u64();
-    if (row_mode != raw_mode || r.cpu > 0x3f || r.acc > 7 || status > 3) return "one of its rows is damaged";
-    r.status = static_cast<access_fuzz::status>(status);
-    for (unsigned l = 0; l < levels; ++l) r.entries[l] = wide ? in.u64() : in.u32();
+  for (std::uint32_t i = 0; i < rows; ++i) {
+    if (!parse_row(in, out.rows[i])) return "row " + std::to_string(i) + " is damaged or torn";
+  }
+  return {};
+}
+
+inline int hex_digit(std::uint8_t c) noexcept {
+  if (c >= '0' && c <= '9') return c - '0';
+  if (c >= 'a' && c <= 'f') return c - 'a' + 10;
+  return c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+}
+
+/// Takes hexadecimal digits, 1 to 16 of them, and the character `end` behind them.
+inline bool parse_hex(byte_reader& in, char end, std::uint64_t& value) {
+  value = 0;
+  for (unsigned digits = 0;; ++digits) {
+    const std::uint8_t c = in.u8();
+    if (in.torn()) return false;
+    const int digit = hex_digit(c);
+    if (digit < 0) return digits > 0 && c == static_cast<std::uint8_t>(end);
+    if (digits == 16) return false;
+    value = value << 4 | static_cast<std::uint64_t>(digit);
+  }
+}
+
+/// Lines `va pde pa`.
+inline std::string parse(byte_reader& in, pse36_translations& out) {
+  constexpr std::uint64_t page = mmunotify::x86::pte::present | mmunotify::x86::pte::large;
+  while (in.left() > 0) {
+    std::uint64_t va = 0, pde = 0, pa = 0;
+    const std::string line = "line " + std::to_string(out.rows.size() + 1);
+    if (!parse_hex(in, ' ', va) || !parse_hex(in, ' ', pde) || !parse_hex(in, '\n', pa)) {
+      return in.torn() ? "it ends inside " + line : line + " is not three hexadecimal numbers";
+    }
+    if (va > UINT32_MAX || pde > UINT32_MAX || (pde & page) != page || pa >> pse36_translations::physical_bits != 0) {
+      return line + " is no translation by a 4 MiB page";
+    }
+    out.rows.push_back({static_cast<std::uint32_t>(va), static_cast<std::uint32_t>(pde), pa});
   }
   return {};
 }
@@ -323,6 +379,9 @@ inline loaded<any> parse(std::span<const std::uint8_t> bytes, const std::string&
     as(access_matrix{});
   } else if (is("MMUOFUZ1")) {
     as(access_fuzz{});
+  } else if (!bytes.empty() && detail::hex_digit(bytes.front()) >= 0) {
+    in = detail::byte_reader{bytes};
+    as(pse36_translations{});
   } else {
     result.error = "it does not begin like a capture";
   }

@@ -33,7 +33,7 @@ struct access_case {
 inline constexpr std::uint64_t table_of(unsigned level) noexcept { return 0x07000000 + 0x1000ULL * level; }
 
 /// The memory of an access_case: its tables, each with one entry that is not zero. Models x86::guest_memory.
-template <class Mode>
+template <x86::paging_mode Mode>
 class chain_memory {
  public:
   using entry_type = typename Mode::entry_type;
@@ -65,22 +65,35 @@ class chain_memory {
 
 /// What came of it.
 struct access_outcome {
-  x86::walk_result result;
+  x86::pdpte_load load{};  ///< of PAE, before the access; if it fails there is none
+  x86::walk_result result{};
   unsigned accessed = 0;  ///< bit l-1: A newly set at level l
   unsigned dirty = 0;     ///< bit l-1: D newly set at level l
   bool clean = true;      ///< no other bit has changed
 };
 
-template <class Mode>
-access_outcome run_case(const access_case& c) {
+template <x86::paging_mode Mode>
+access_outcome run_case(access_case c) {
   chain_memory<Mode> memory{c};
-  access_outcome o{x86::guest_walker<Mode>{c.context}.walk(memory, {c.va}, c.how)};
+  access_outcome o;
+  o.load = load_top<Mode>(memory, c.context);
+  if (o.load != x86::pdpte_load::ok) return o;
+  o.result = x86::guest_walker<Mode>{c.context}.walk(memory, {c.va}, c.how);
   for (unsigned l = 1; l <= Mode::levels; ++l) {
     const std::uint64_t changed = memory.entries()[l - 1] ^ c.entries[l - 1], set = changed & ~c.entries[l - 1];
     if ((set & x86::pte::accessed) != 0) o.accessed |= 1U << (l - 1);
     if ((set & x86::pte::dirty) != 0) o.dirty |= 1U << (l - 1);
     if ((changed & ~(x86::pte::accessed | x86::pte::dirty)) != 0 || set != changed) o.clean = false;
   }
+  return o;
+}
+
+/// The same for a mode that is known at run time. Precondition: m is not mode::none.
+inline access_outcome run_case(mode m, const access_case& c) {
+  access_outcome o;
+  with_walked_mode(m, [&]<class Mode>(std::type_identity<Mode>) {
+    if constexpr (x86::paging_mode<Mode>) o = run_case<Mode>(c);
+  });
   return o;
 }
 
@@ -94,7 +107,7 @@ struct untampered {
 inline access_case case_of(const access_fuzz& f, const access_fuzz::row& r) noexcept {
   access_case c;
   const auto flag = [&](unsigned n) { return (r.cpu >> n & 1) != 0; };
-  c.levels = levels_of(f.mode);
+  c.levels = levels_of(r.mode);
   c.context.cr3 = table_of(c.levels);
   c.context.wp = flag(0);
   c.context.nxe = flag(1);
@@ -102,11 +115,12 @@ inline access_case case_of(const access_fuzz& f, const access_fuzz::row& r) noex
   c.context.smap = flag(3);
   c.context.pke = flag(4);
   c.context.ac = flag(5);
-  c.context.pse = f.mode != mode::two_level;
+  c.context.pse = r.mode != mode::two_level;
   c.context.cpl = (r.acc & 4) != 0 ? 3 : 0;
   c.context.pkru = r.pkru;
   c.context.maxphyaddr = f.maxphyaddr;
   c.context.gib_pages = f.gib_pages;
+  c.context.pse36_bits = f.pse36_bits;
   constexpr x86::access kinds[] = {x86::access::read, x86::access::write, x86::access::fetch,
                                    x86::access::implicit_read};
   c.how = kinds[r.acc & 3];
@@ -117,6 +131,8 @@ inline access_case case_of(const access_fuzz& f, const access_fuzz::row& r) noex
 
 inline bool agrees(const access_fuzz::row& r, const access_outcome& o) noexcept {
   using status = access_fuzz::status;
+  const bool refused = o.load == x86::pdpte_load::general_protection;
+  if (refused || r.status == status::bad_pdpte) return refused && r.status == status::bad_pdpte;
   switch (r.status) {
     case status::done:
       return o.clean && o.result.status == x86::walk_status::ok && r.newly_set == (o.accessed | o.dirty << 5) &&
@@ -130,21 +146,21 @@ inline bool agrees(const access_fuzz::row& r, const access_outcome& o) noexcept 
   return false;
 }
 
-template <class Mode, class Tamper = untampered>
-void check_fuzz(const access_fuzz& f, std::type_identity<Mode>, report& out, Tamper tamper = {}) {
+template <class Tamper = untampered>
+void check_fuzz(const access_fuzz& f, report& out, Tamper tamper = {}) {
   for (std::size_t i = 0; i < f.rows.size(); ++i) {
     const access_fuzz::row& r = f.rows[i];
     access_case c = case_of(f, r);
     tamper(c);
-    const access_outcome o = run_case<Mode>(c);
+    const access_outcome o = run_case(r.mode, c);
     ++out.checked;
     if (agrees(r, o)) continue;
     out.mismatch(
         "row %zu (cpu %#x, acc %u, va %#llx): expected status %u code %#x set %#x pa %#llx, "
-        "found status %u code %#x set %#x pa %#llx",
+        "found load %u status %u code %#x set %#x pa %#llx",
         i, unsigned{r.cpu}, unsigned{r.acc}, wide(r.va), unsigned(r.status), unsigned{r.error_code},
-        unsigned{r.newly_set}, wide(r.pa), unsigned(o.result.status), o.result.code.bits, o.accessed | o.dirty << 5,
-        wide(o.result.address.value));
+        unsigned{r.newly_set}, wide(r.pa), unsigned(o.load), unsigned(o.result.status), o.result.code.bits,
+        o.accessed | o.dirty << 5, wide(o.result.address.value));
   }
 }
 
@@ -192,6 +208,22 @@ inline std::uint64_t matrix_top(std::uint32_t v) noexcept {
   return values[v];
 }
 
+/// The values that the digits of a block's entries stand for, where they are not 0, 1, 2 and so on.
+inline constexpr std::uint32_t narrow_leaves[] = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27, 28, 29};
+inline constexpr std::uint32_t narrow_parents[] = {0, 1, 2, 3, 8};
+
+/// Level l > leaf level of a block, without the address. Entries above the parent and below the root have all rights.
+inline std::uint64_t matrix_upper(const access_matrix& m, unsigned l, std::uint32_t parent,
+                                  std::uint32_t top) noexcept {
+  constexpr std::uint64_t pdptes[] = {x86::pte::present, 0};
+  const bool is_parent = l == m.leaf_level + 1, is_root = l == levels_of(m.mode);
+  if (m.mode == mode::pae && is_root) return pdptes[is_parent ? parent : top];
+  if (m.mode < mode::pae) return matrix_parent(narrow_parents[parent], false);
+  const std::uint64_t key = m.mode == mode::pae ? 0 : std::uint64_t{2} << x86::pte::protection_key_shift;
+  if (is_parent) return matrix_parent(parent, true) | key;
+  return is_root ? matrix_top(top) : rights_bits(3, true);
+}
+
 struct matrix_digits {
   std::uint32_t pk, smap_ac, smep, nxe, wp, access, leaf, parent, top;
 };
@@ -208,42 +240,39 @@ inline matrix_digits digits_of(const access_matrix& m, std::uint64_t row) noexce
 
 }  // namespace detail
 
-/// The case behind a row of a block of the long modes. Preconditions: the block's mode is one, row < outcomes.size().
+/// The case behind a row. Precondition: row < outcomes.size().
 inline access_case case_of(const access_matrix& m, std::uint64_t row) noexcept {
   using namespace x86;
   const detail::matrix_digits d = detail::digits_of(m, row);
+  const bool entries_are_wide = m.mode >= mode::pae, long_mode = m.mode >= mode::long_4;
   access_case c;
   c.levels = levels_of(m.mode);
   constexpr std::uint32_t pkru[] = {0xffffffff, 0xfffffff0, 0xfffffff4, 0xfffffff8};
-  c.context = {.cr3 = table_of(c.levels),
-               .wp = d.wp == 1,
-               .pse = false,
-               .smep = d.smep == 1,
-               .smap = d.smap_ac > 0,
-               .pke = d.pk > 0,
-               .nxe = d.nxe == 1,
-               .ac = d.smap_ac == 2,
-               .cpl = 0,
-               .pkru = pkru[d.pk],
-               .maxphyaddr = m.maxphyaddr,
-               .gib_pages = m.gib_pages,
-               .amd = false};
   const bool cpl3 = (d.access >= 3 && d.access <= 5) || d.access == 7;
+  c.context.cr3 = table_of(c.levels);
+  c.context.wp = d.wp == 1;
+  c.context.pse = m.mode == mode::two_level_pse;
+  c.context.smep = d.smep == 1;
+  c.context.smap = d.smap_ac > 0;
+  c.context.pke = d.pk > 0;
+  c.context.nxe = d.nxe == 1;
+  c.context.ac = d.smap_ac == 2;
   c.context.cpl = cpl3 ? 3 : 0;
+  c.context.pkru = pkru[d.pk];
+  c.context.maxphyaddr = m.maxphyaddr;
+  c.context.gib_pages = m.gib_pages;
   constexpr x86::access kinds[] = {x86::access::read, x86::access::write, x86::access::fetch};
   c.how = d.access >= 6 ? x86::access::implicit_read : kinds[d.access % 3];
-  c.va = (m.mode == mode::long_4 ? 0xffff923408400120 : 0xff12923408400120) + (c.how == x86::access::fetch ? 8 : 0);
+  c.va = !long_mode ? 0xc8400120 : m.mode == mode::long_4 ? 0xffff923408400120 : 0xff12923408400120;
+  if (c.how == x86::access::fetch) c.va += 8;
 
   const std::uint64_t page = (m.leaf_level < 3 ? 0x08400000 : 0) | (m.leaf_level > 1 ? pte::large : 0);
-  c.entries[m.leaf_level - 1] = detail::matrix_leaf(d.leaf, true) | page | std::uint64_t{1} << 59;
+  const std::uint32_t leaf = entries_are_wide ? d.leaf : detail::narrow_leaves[d.leaf];
+  c.entries[m.leaf_level - 1] = detail::matrix_leaf(leaf, entries_are_wide) | page;
+  if (long_mode) c.entries[m.leaf_level - 1] |= std::uint64_t{1} << pte::protection_key_shift;
   for (unsigned l = m.leaf_level + 1; l <= c.levels; ++l) {
-    std::uint64_t e = pte::present | pte::writable | pte::user;
-    if (l == m.leaf_level + 1) {
-      e = detail::matrix_parent(d.parent, true) | std::uint64_t{2} << 59;
-    } else if (l == c.levels) {
-      e = detail::matrix_top(d.top);
-    }
-    c.entries[l - 1] = e | table_of(l - 1);
+    const std::uint64_t e = detail::matrix_upper(m, l, d.parent, d.top);
+    c.entries[l - 1] = e == 0 ? 0 : e | table_of(l - 1);
   }
   return c;
 }
@@ -252,6 +281,7 @@ inline access_case case_of(const access_matrix& m, std::uint64_t row) noexcept {
 inline std::uint16_t matrix_outcome(const access_matrix& m, const access_case& c, const access_outcome& o) noexcept {
   constexpr std::uint16_t impossible = 0;
   const unsigned leaf_bit = 1U << (m.leaf_level - 1);
+  if (o.load != x86::pdpte_load::ok) return impossible;
   if (!o.clean || (o.dirty & ~leaf_bit) != 0) return impossible;
   if (o.result.status == x86::walk_status::page_fault) {
     const bool touched = o.accessed != 0 || o.dirty != 0;
@@ -262,10 +292,11 @@ inline std::uint16_t matrix_outcome(const access_matrix& m, const access_case& c
   return static_cast<std::uint16_t>(access_matrix::done | o.accessed << 8 | (o.dirty != 0 ? 1U << 13 : 0U));
 }
 
-/// Every row that the capture does not declare undecided.
-template <class Mode, class Tamper = untampered>
-void check_matrix(const access_matrix& m, std::type_identity<Mode>, report& out, Tamper tamper = {}) {
-  for (std::size_t row = 0; row < m.outcomes.size(); ++row) {
+/// Every row that the capture does not declare undecided, or one of `step` of them.
+template <x86::paging_mode Mode, class Tamper = untampered>
+void check_matrix(const access_matrix& m, std::type_identity<Mode>, report& out, Tamper tamper = {},
+                  std::size_t step = 1) {
+  for (std::size_t row = 0; row < m.outcomes.size(); row += step) {
     if (m.outcomes[row] == access_matrix::untested) {
       ++out.skipped;
       continue;
@@ -278,6 +309,33 @@ void check_matrix(const access_matrix& m, std::type_identity<Mode>, report& out,
     out.mismatch("row %zu (cpl %u, access %u, leaf %#llx, parent %#llx): expected outcome %#x, found %#x", row,
                  c.context.cpl, unsigned(c.how), wide(c.entries[m.leaf_level - 1]), wide(c.entries[m.leaf_level]),
                  unsigned{m.outcomes[row]}, unsigned{found});
+  }
+}
+
+template <class Tamper = untampered>
+void check_matrix(const access_matrix& m, report& out, Tamper tamper = {}, std::size_t step = 1) {
+  with_walked_mode(m.mode, [&]<class Mode>(std::type_identity<Mode> mode) {
+    if constexpr (x86::paging_mode<Mode>) check_matrix(m, mode, out, tamper, step);
+  });
+}
+
+// ---- 4 MiB pages above 4 GiB ---------------------------------------------------------------------------------------
+
+template <class Tamper = untampered>
+void check_pse36(const pse36_translations& p, report& out, Tamper tamper = {}) {
+  for (const auto& [va, pde, pa] : p.rows) {
+    access_case c;
+    c.levels = 2;
+    c.context.cr3 = table_of(2);
+    c.context.maxphyaddr = c.context.pse36_bits = pse36_translations::physical_bits;
+    c.va = va;
+    c.entries[1] = pde;
+    tamper(c);
+    const access_outcome o = run_case(mode::two_level_pse, c);
+    ++out.checked;
+    if (o.result && o.result.address.value == pa) continue;
+    out.mismatch("va %#x pde %#x: expected pa %#llx, found status %u pa %#llx", unsigned{va}, unsigned{pde}, wide(pa),
+                 unsigned(o.result.status), wide(o.result.address.value));
   }
 }
 

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include <mmunotify/base/address.hpp>
+#include <mmunotify/secondary/x86/control_registers.hpp>
 #include <mmunotify/secondary/x86/guest_walker.hpp>
 
 namespace capture {
@@ -33,6 +34,17 @@ constexpr unsigned levels_of(mode m) noexcept {
   constexpr unsigned levels[mode_count] = {0, 2, 2, 3, 4, 5};
   return levels[static_cast<std::uint32_t>(m) % mode_count];
 }
+
+/// The library's name for it.
+constexpr mmunotify::x86::paging paging_of(mode m) noexcept {
+  using mmunotify::x86::paging;
+  constexpr paging names[mode_count] = {paging::none, paging::two_level, paging::two_level,
+                                        paging::pae,  paging::long_4,    paging::long_5};
+  return names[static_cast<std::uint32_t>(m) % mode_count];
+}
+
+/// How many bits a linear address has.
+constexpr unsigned address_bits_of(mode m) noexcept { return m == mode::long_4 ? 48 : m == mode::long_5 ? 57 : 32; }
 
 struct registers {
   std::uint64_t cr0 = 0, cr3 = 0, cr4 = 0, efer = 0;
@@ -100,6 +112,7 @@ struct access_fuzz {
   enum class status : std::uint8_t { done, page_fault, general_protection, bad_pdpte };
   static constexpr std::uint64_t unmeasured = ~std::uint64_t{0};
   struct row {
+    capture::mode mode{};
     std::uint8_t cpu = 0;  ///< bits: 0 WP, 1 NXE, 2 SMEP, 3 SMAP, 4 PKE, 5 EFLAGS.AC
     std::uint8_t acc = 0;  ///< bits 0..1: read, write, fetch, implicit read; bit 2: CPL 3
     access_fuzz::status status{};
@@ -116,16 +129,40 @@ struct access_fuzz {
   std::vector<row> rows;
 };
 
-using any = std::variant<std::monostate, linux_tables, kvm_translations, access_matrix, access_fuzz>;
+/// Translations by 4 MiB pages that lie above 4 GiB.
+struct pse36_translations {
+  struct row {
+    std::uint32_t va = 0, pde = 0;
+    std::uint64_t pa = 0;
+  };
+  static constexpr unsigned physical_bits = 40;  ///< of the processor that was asked
+  std::vector<row> rows;
+};
+
+using any =
+    std::variant<std::monostate, linux_tables, kvm_translations, access_matrix, access_fuzz, pse36_translations>;
+
+/// The number of the block of a mode and leaf level; block_count if there is none.
+inline constexpr std::uint32_t block_count = 11;
+constexpr std::uint32_t block_of(mode m, std::uint32_t leaf_level) noexcept {
+  constexpr struct {
+    capture::mode m;
+    std::uint32_t leaf;
+  } blocks[block_count] = {{mode::two_level, 1}, {mode::two_level_pse, 1}, {mode::two_level_pse, 2}, {mode::pae, 1},
+                           {mode::pae, 2},       {mode::long_4, 1},        {mode::long_4, 2},        {mode::long_4, 3},
+                           {mode::long_5, 1},    {mode::long_5, 2},        {mode::long_5, 3}};
+  for (std::uint32_t i = 0; i < block_count; ++i) {
+    if (blocks[i].m == m && blocks[i].leaf == leaf_level) return i;
+  }
+  return block_count;
+}
 
 /// How many values each digit of a matrix row has, the least significant first: protection keys, SMAP with AC, SMEP,
 /// NXE, WP, access, leaf, parent, top. All zero if there is no such block.
 constexpr std::array<std::uint32_t, 9> matrix_radices(mode m, std::uint32_t leaf_level) noexcept {
   const bool long_mode = m == mode::long_4 || m == mode::long_5, wide = long_mode || m == mode::pae;
   const unsigned root = levels_of(m);
-  if (root == 0 || leaf_level < 1 || leaf_level > (long_mode ? 3U : 2U) || (m == mode::two_level && leaf_level == 2)) {
-    return {};
-  }
+  if (block_of(m, leaf_level) == block_count) return {};
   const std::uint32_t leaf = wide ? 30 : leaf_level == 1 ? 13 : 18;
   const bool pdpte_parent = m == mode::pae && leaf_level == 2;
   const std::uint32_t parent = leaf_level == root ? 1 : !wide ? 5 : pdpte_parent ? 2 : 11;

@@ -28,6 +28,7 @@
 #include <mmunotify/mmunotify.hpp>
 
 #include "capture.hpp"
+#include "capture_replay.hpp"
 
 namespace guest {
 
@@ -114,13 +115,8 @@ class machine {
 
   /// The registers of a vCPU of this guest. Protection keys are left out: Linux gives every page of these guests key 0.
   x86::walk_context registers() const noexcept {
-    x86::walk_context c;
-    c.cr3 = tables_.regs.cr3;
-    c.wp = (tables_.regs.cr0 >> 16 & 1) != 0;
-    c.smep = (tables_.regs.cr4 >> 20 & 1) != 0;
-    c.smap = (tables_.regs.cr4 >> 21 & 1) != 0;
-    c.nxe = (tables_.regs.efer >> 11 & 1) != 0;
-    c.maxphyaddr = tables_.maxphyaddr;
+    x86::walk_context c = capture::context_of(tables_.regs, tables_.maxphyaddr);
+    c.pke = c.pks = false;
     return c;
   }
 
@@ -167,9 +163,11 @@ class machine {
     return word_at<std::uint64_t>(const_cast<std::byte*>(page) + 8 * i);
   }
 
-  /// A table page holds what was captured, but for accessed and dirty bits, which the MMU sets.
+  /// A table page holds what was captured, but for accessed and dirty bits, which the MMU sets. With entries of 4 bytes
+  /// a word is two of them.
   const char* judge_table(gfn f, const std::byte* page) noexcept {
-    constexpr std::uint64_t accessed_and_dirty = 0x60;
+    const bool narrow = tables_.mode == capture::mode::two_level || tables_.mode == capture::mode::two_level_pse;
+    const std::uint64_t accessed_and_dirty = narrow ? 0x60'0000'0060 : 0x60;
     for (const std::size_t i : {std::size_t{0}, std::size_t{511}}) {
       const std::uint64_t now = word(page, i).load(std::memory_order_acquire);
       if ((now & ~accessed_and_dirty) != (captured_word(f, i) & ~accessed_and_dirty)) {

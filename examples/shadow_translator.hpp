@@ -70,7 +70,7 @@ class shadow_translator {
         .id = 0, .base = {0}, .pages = t.ram_bytes / mmunotify::page_size, .host = {reserved_memory::base}};
     cpu_ = std::make_unique<x86::vcpu<mmu_type>>(*mmu_);
     x86::walk_context c = context_of(t.regs, t.maxphyaddr);
-    c.smap = c.smep = c.pke = false;  // what is mapped, not what one access may do
+    c.smap = c.smep = c.pke = c.pks = false;  // what is mapped, not what one access may do
     ready_ = mmu_->add_slot(all) == mmunotify::errc::ok && cpu_->set_registers(c) == mmunotify::errc::ok;
   }
 

@@ -3,9 +3,9 @@
 // x86_check FILE...: does the library see in captured page tables what the processor saw?
 //
 // Reads captures (formats: tests/data/README.md; the kind is found by the first bytes), asks the page walker what each
-// one answers, for the tables of a Linux guest the shadow MMU as well, and prints one line per file, with the first
-// mismatches in full.
-// Exit status: 0 all agree, 1 something does not, 2 a file cannot be read or is of a mode without a walker.
+// one answers, for the tables of a Linux guest with 4 or 5 levels the shadow MMU as well, and prints one line per file,
+// with the first mismatches in full.
+// Exit status: 0 all agree, 1 something does not, 2 a file cannot be read.
 
 #include <cstdio>
 #include <cstring>
@@ -22,39 +22,38 @@ namespace {
 
 enum verdict : int { agrees = 0, differs = 1, unusable = 2 };
 
+/// Through the shadow MMU, if it knows the mode.
+template <class Mode>
+void check_shadow(const capture::linux_tables& t, std::type_identity<Mode>, capture::report& out) {
+  if constexpr (mmunotify::x86::shadowed_mode<Mode>) {
+    capture::shadow_translator<Mode> shadow{t};
+    if (!shadow) return out.mismatch("the shadow MMU cannot be set up for this guest");
+    capture::report shadowed;
+    capture::check_linux_capture(t, shadow, shadowed);
+    if (const char* broken = shadow.verify(); broken != nullptr) shadowed.mismatch("broken: %s", broken);
+    out.mismatches += shadowed.mismatches;
+    for (const std::string& line : shadowed.first) out.first.push_back("shadow MMU: " + line);
+  }
+}
+
 /// Linux's tables twice: by the walker, and through the shadow MMU.
-template <class Mode>
-void check(const capture::linux_tables& t, std::type_identity<Mode>, capture::report& out) {
-  capture::check_linux_capture(t, capture::walker_translator<Mode>{t}, out);
-  capture::shadow_translator<Mode> shadow{t};
-  if (!shadow) return out.mismatch("the shadow MMU cannot be set up for this guest");
-  capture::report shadowed;
-  capture::check_linux_capture(t, shadow, shadowed);
-  if (const char* broken = shadow.verify(); broken != nullptr) shadowed.mismatch("broken: %s", broken);
-  out.mismatches += shadowed.mismatches;
-  for (const std::string& line : shadowed.first) out.first.push_back("shadow MMU: " + line);
+void check(const capture::linux_tables& t, capture::report& out) {
+  capture::with_walked_mode(t.mode, [&]<class Mode>(std::type_identity<Mode> mode) {
+    capture::check_linux_capture(t, capture::walker_translator<Mode>{t}, out);
+    check_shadow(t, mode, out);
+  });
 }
-template <class Mode>
-void check(const capture::kvm_translations& k, std::type_identity<Mode> mode, capture::report& out) {
-  capture::check_kvm_translations(k, mode, out);
+void check(const capture::kvm_translations& k, capture::report& out) {
+  capture::with_walked_mode(k.mode, [&](auto mode) { capture::check_kvm_translations(k, mode, out); });
 }
-template <class Mode>
-void check(const capture::access_matrix& m, std::type_identity<Mode> mode, capture::report& out) {
-  capture::check_matrix(m, mode, out);
-}
-template <class Mode>
-void check(const capture::access_fuzz& f, std::type_identity<Mode> mode, capture::report& out) {
-  capture::check_fuzz(f, mode, out);
-}
+void check(const capture::access_matrix& m, capture::report& out) { capture::check_matrix(m, out); }
+void check(const capture::access_fuzz& f, capture::report& out) { capture::check_fuzz(f, out); }
+void check(const capture::pse36_translations& p, capture::report& out) { capture::check_pse36(p, out); }
 
 template <class Capture>
 verdict check_capture(const char* path, const Capture& c) {
   capture::report found;
-  if (!capture::with_paging_mode(c.mode, [&](auto mode) { check(c, mode, found); })) {
-    std::fprintf(stderr, "x86_check: %s: mode %u (%s) is not supported yet\n", path, static_cast<unsigned>(c.mode),
-                 capture::to_string(c.mode));
-    return unusable;
-  }
+  check(c, found);
   std::printf("%s: %llu translations, %llu mismatches\n", path, capture::wide(found.checked),
               capture::wide(found.mismatches));
   for (const std::string& line : found.first) std::printf("  %s\n", line.c_str());
@@ -70,20 +69,24 @@ verdict check_file(const char* path) {
     std::fprintf(stderr, "x86_check: %s\n", loaded.error.c_str());
     return unusable;
   }
-  if (const auto* t = std::get_if<capture::linux_tables>(&loaded.value)) return check_capture(path, *t);
-  if (const auto* k = std::get_if<capture::kvm_translations>(&loaded.value)) return check_capture(path, *k);
-  if (const auto* m = std::get_if<capture::access_matrix>(&loaded.value)) return check_capture(path, *m);
-  if (const auto* f = std::get_if<capture::access_fuzz>(&loaded.value)) return check_capture(path, *f);
-  return unusable;
+  return std::visit(
+      [&]<class Capture>(const Capture& c) {
+        if constexpr (std::is_same_v<Capture, std::monostate>) {
+          return unusable;
+        } else {
+          return check_capture(path, c);
+        }
+      },
+      loaded.value);
 }
 
 constexpr const char usage[] =
     "usage: x86_check FILE...\n"
     "\n"
-    "Walks captured x86 page tables with the library's page walker, and those of Linux guests through its shadow MMU\n"
-    "too, and compares the results with what the processor answered. FILE is a capture of a Linux guest's tables, of\n"
-    "KVM_TRANSLATE, a block of the access matrix or a file of random accesses, as in tests/data/x86 (formats:\n"
-    "tests/data/README.md); modes: 4 and 5 levels.\n"
+    "Walks captured x86 page tables with the library's page walker, and those of Linux guests with 4 and 5 levels\n"
+    "through its shadow MMU too, and compares the results with what the processor answered. FILE is a capture of a\n"
+    "Linux guest's tables, of KVM_TRANSLATE, a block of the access matrix, a file of random accesses or a list of\n"
+    "PSE-36 translations, as in tests/data/x86 (formats: tests/data/README.md), of any paging mode.\n"
     "\n"
     "Exit status: 0 everything agrees, 1 there are mismatches, 2 a file cannot be used (the others still are).\n";
 

@@ -139,6 +139,24 @@ enum class mutation : int {
   torn_key = 25,                   ///< a static key is on before every processor runs the changed code
   request_relaxed = 26,            ///< (d8)
   push_release_only = 27,          ///< (q1): who pushes a callback need not see what those before have counted
+  // notifier/, see tests/model/.
+  audience_by_flag = 28,         ///< a bracket calls whoever is registered at the moment, at start and at end
+  end_before_change = 29,        ///< the primary of the model ends its bracket before it changes its table
+  no_arming_grace_period = 30,   ///< a tracked registration does not wait for the brackets in flight
+  no_leaving_grace_period = 31,  ///< unregister unlinks the node while brackets may still have to call it
+  version_never_odd = 32,        ///< R3: who comes is linked before anybody can know
+  leaving_not_counted = 33,      ///< R3: who leaves looks like everybody
+  // primary/
+  write_to_shared = 50,         ///< a write to a shared frame goes to it, without a copy
+  free_before_end = 51,         ///< frames are freed inside the bracket that takes them away
+  fork_keeps_writable = 52,     ///< fork shares the parent's pages and does not write-protect them
+  merge_compares_early = 53,    ///< equal pages are compared before their bracket, and not again inside
+  soft_dirty_keeps_write = 54,  ///< clear_soft_dirty does not write-protect
+  huge_survives_a_change = 55,  ///< a part of a huge page changes, and the rest still counts as huge
+  exclusive_not_revoked = 56,   ///< the processor takes an exclusive page back without a bracket
+  device_copied_early = 57,     ///< a device's page is copied back before the bracket
+  reap_despite_refusal = 58,    ///< what a client refused to let go is reaped
+  collapse_despite_loans = 59,  ///< pages on loan are collapsed
   // secondary/x86/, the shadow side.
   no_shadow_flush = 60,      ///< shadow_tables::commit does not flush
   no_write_tracking = 61,    ///< a guest table is shadowed while it is mapped writable

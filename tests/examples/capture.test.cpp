@@ -99,6 +99,7 @@ TEST_CASE("every capture of the test data is read, each as what it is") {
                         "lm4_kvm_phy46", "lm4_kvm_phy48"}) {
     is("access_fuzz/fuzz_" + std::string{n} + ".bin", 4);
   }
+  is("access_fuzz/pse36.txt", 5);
 }
 
 TEST_CASE("the fields of a capture are those of its header") {
@@ -161,7 +162,86 @@ TEST_CASE("fields with impossible values are refused") {
   CHECK(with(guest, 24, 0xfff000));                       // CR3 names a page that is not there
   CHECK(with("access_matrix/block4.agreed.rle", 16, 3));  // leaf level
   CHECK(with("access_matrix/block4.agreed.rle", 24, 2));
+  CHECK(with("access_matrix/block4.agreed.rle", 8, 3));  // the number of another block
+  CHECK(with("access_matrix/block4.agreed.rle", 8, 11));
   CHECK(with("access_fuzz/fuzz_pse32.bin", 8, 0));
+  CHECK(with("access_fuzz/fuzz_pse32.bin", 8, 6));
+  CHECK(with("access_fuzz/fuzz_pse32.bin", 12, 53));
+  CHECK(with("access_fuzz/fuzz_pse32.bin", 24, 41));  // bits of PSE-36
+  CHECK(with("access_fuzz/fuzz_pse32.bin", 28, 1));
+}
+
+TEST_CASE("a random access that cannot be is refused by its number") {
+  const bytes whole = file("access_fuzz/fuzz_pse32.bin");
+  constexpr std::size_t row_bytes = 32 + 2 * 4;
+  const auto error = [&](std::size_t row, std::size_t at, std::uint8_t value) {
+    bytes b = whole;
+    put(b, 32 + row * row_bytes + at, value);
+    return parse(b).error;
+  };
+  CHECK(error(0, 0, 0) == "damaged: row 0 is damaged or torn");  // no paging
+  CHECK(error(7, 0, 6) == "damaged: row 7 is damaged or torn");  // no such mode
+  CHECK(error(7, 1, 0x40) == "damaged: row 7 is damaged or torn");
+  CHECK(error(8, 2, 8) == "damaged: row 8 is damaged or torn");
+  CHECK(error(9, 3, 4) == "damaged: row 9 is damaged or torn");
+}
+
+TEST_CASE("each random access has the entries of its own mode") {
+  bytes b = file("access_fuzz/fuzz_pse32.bin");
+  b.resize(32 + 40);  // one row, then one of PAE
+  put(b, 20, std::uint32_t{2});
+  bytes pae = file("access_fuzz/fuzz_pae.bin");
+  pae.resize(32 + 32 + 3 * 8);
+  b.insert(b.end(), pae.begin() + 32, pae.end());
+  const auto loaded = parse(b);
+  REQUIRE_MESSAGE(loaded, loaded.error);
+  const auto& rows = std::get<capture::access_fuzz>(loaded.value).rows;
+  REQUIRE(rows.size() == 2);
+  CHECK(rows[0].mode == capture::mode::two_level_pse);
+  CHECK(rows[1].mode == capture::mode::pae);
+  CHECK(rows[1].entries[2] == get<std::uint64_t>(pae, 32 + 32 + 16));
+  b.pop_back();
+  CHECK(parse(b).error == "damaged: row 1 is damaged or torn");
+}
+
+TEST_CASE("a list of PSE-36 translations is read line by line, and refused by the number of a line") {
+  const auto text = [](const std::string& t) {
+    return parse(std::span(reinterpret_cast<const std::uint8_t*>(t.data()), t.size()));
+  };
+  const auto good = text("802de470 0c006083 30c2de470\n8006A320 0a804083 20a86a320\n");
+  REQUIRE_MESSAGE(good, good.error);
+  const auto& rows = std::get<capture::pse36_translations>(good.value).rows;
+  REQUIRE(rows.size() == 2);
+  CHECK(rows[1].va == 0x8006a320);
+  CHECK(rows[1].pde == 0x0a804083);
+  CHECK(rows[1].pa == 0x20a86a320);
+  const std::string first = "802de470 0c006083 30c2de470\n";
+  CHECK(text(first + "802de470 0c00").error == "damaged: it ends inside line 2");
+  CHECK(text(first + "802de470 0c006083 30c2de470").error == "damaged: it ends inside line 2");
+  for (const char* line : {"802de470  0c006083 1\n", "802de470 0c006083\n", "802de470 0c006083 x\n", "\n", " 1 2 3\n",
+                           "1 83 1 \n", "00000000000000001 83 1\n", "1 83 1\r\n"}) {
+    CHECK(text(first + line).error == "damaged: line 2 is not three hexadecimal numbers");
+  }
+  for (const char* line : {"100000000 83 1\n", "1 100000083 1\n", "1 82 1\n", "1 3 1\n", "1 83 10000000000\n"}) {
+    CHECK(text(first + line).error == "damaged: line 2 is no translation by a 4 MiB page");
+  }
+}
+
+TEST_CASE("PDPTEs of captured guests lose the accessed bit that QEMU gave them, and nothing else does") {
+  const bytes whole = file("linux/lin32_pae_0.bin");
+  const auto loaded = parse(whole);
+  REQUIRE_MESSAGE(loaded, loaded.error);
+  const auto& t = std::get<capture::linux_tables>(loaded.value);
+  const std::uint64_t root = t.regs.cr3 & ~std::uint64_t{0x1f};
+  unsigned accessed = 0;
+  for (const auto& p : t.pages) {
+    for (std::size_t i = 0; i < 512; ++i) {
+      const bool pdpte = p.where + 8 * i >= root && p.where + 8 * i < root + 32;
+      if (pdpte) CHECK((p.words[i] & 0x21) == 1);
+      if (!pdpte && (p.words[i] & 0x21) == 0x21) ++accessed;
+    }
+  }
+  CHECK(accessed > 1000);
 }
 
 TEST_CASE("a capture without its table pages is refused") {
@@ -241,7 +321,7 @@ TEST_CASE("a file that is not there, or is no file, is refused by name") {
     CHECK_FALSE(result);
     CHECK(result.error.find(path) == 0);
   }
-  const auto text = capture::load(data + "access_fuzz/pse36.txt");
+  const auto text = capture::load(data + "../README.md");
   CHECK(text.error.ends_with("it does not begin like a capture"));
 }
 
@@ -288,4 +368,10 @@ TEST_CASE("a block of the matrix has as many rows as its digits have combination
   CHECK(rows(capture::mode::long_5, 3) == 1'520'640);
   CHECK(rows(capture::mode::long_5, 4) == 0);
   CHECK(rows(capture::mode::none, 1) == 0);
+  for (std::uint32_t m = 0; m < capture::mode_count; ++m) {
+    for (std::uint32_t leaf = 0; leaf < 6; ++leaf) {
+      const auto mode = static_cast<capture::mode>(m);
+      CHECK((rows(mode, leaf) != 0) == (capture::block_of(mode, leaf) < capture::block_count));
+    }
+  }
 }

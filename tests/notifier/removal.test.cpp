@@ -180,7 +180,7 @@ TEST_CASE_TEMPLATE("L1: an unregister beside an asynchronous removal returns whe
     });
     CHECK(primary.space.unregister_async(node) == errc::ok);
     const errc e = primary.space.unregister(node);
-    CHECK((e == errc::ok || e == errc::not_registered));
+    CHECK((e == errc::ok || e == errc::not_registered));  // the latter if it was gone already
     const int starts = client.starts.load();
     CHECK(client.ends.load() == starts);
     let_others_run();
@@ -209,6 +209,49 @@ TEST_CASE_TEMPLATE("L3: the space's release runs the hook of who is leaving, or 
     CHECK(primary.space.barrier() == errc::ok);
     CHECK(client.releases.load() == 1);
     CHECK(done.load() == 1);
+    CHECK_FALSE(primary.space.armed());
+  }
+}
+
+TEST_CASE_TEMPLATE("L7: an asynchronous removal that finds another at work is told when that one is done", P,
+                   EVERY_PRIMARY) {
+  for (const bool by_release : {false, true}) {
+    static std::atomic<int> done;
+    done.store(0);
+    P primary;
+    struct slow {
+      std::atomic<bool> releasing{false};
+      std::atomic<bool> go_on{false};
+      void invalidate_range_start(const invalidation&) noexcept {}
+      void release() noexcept {
+        releasing.store(true, std::memory_order_release);
+        wait_for(go_on);
+      }
+    } client;
+    subscriber<slow> node{client};
+    REQUIRE(primary.join(node) == errc::ok);
+    std::thread remover([&] {
+      if (by_release) {
+        CHECK(primary.space.release() == errc::ok);
+      } else {
+        CHECK(primary.space.unregister(node) == errc::ok);
+      }
+    });
+    wait_for(client.releasing);
+    CHECK(primary.space.unregister_async(node, [](auto& n) noexcept {
+      CHECK_FALSE(n.registered());
+      done.fetch_add(1);
+    }) == errc::ok);
+    CHECK(primary.space.unregister_async(node) == errc::not_registered);
+    CHECK(done.load() == 0);
+    std::thread waiter([&] {
+      CHECK(primary.space.barrier() == errc::ok);
+      CHECK(done.load() == 1);  // L8
+    });
+    let_others_run();
+    client.go_on.store(true, std::memory_order_release);
+    remover.join();
+    waiter.join();
     CHECK_FALSE(primary.space.armed());
   }
 }

@@ -135,4 +135,37 @@ TEST_CASE("the highest addresses are not lost") {
   CHECK(out.items()[1].range == range{UINTPTR_MAX - 4, UINTPTR_MAX});
 }
 
+TEST_CASE("changing what areas say touches exactly the range, for every list and every range") {
+  for_each_list([](const area_list& list, const cells& before) {
+    for_each_range([&](const range& r) {
+      area_list next;
+      REQUIRE(list.changed(
+          r, [](area& a) { a.allows = protection::none; }, next));
+      cells expected = before;
+      for (std::uintptr_t i = r.first; i < r.last; ++i) expected[i] = before[i] < 0 ? -1 : 0;
+      REQUIRE(cells_of(next) == expected);
+      REQUIRE(next.verify() == nullptr);
+      REQUIRE(cells_of(list) == before);
+    });
+  });
+}
+
+TEST_CASE("areas that differ in soft-dirty stay apart until they agree, and a move makes them dirty") {
+  area_list list;
+  const area made{{0, 6}, protection::read};
+  REQUIRE(list.replaced(made.range, {&made, 1}, list));
+  REQUIRE(list.changed(
+      {2, 4}, [](area& a) { a.soft_dirty = false; }, list));
+  REQUIRE(list.items().size() == 3);
+  CHECK_FALSE(list.find(3)->soft_dirty);
+  CHECK(list.find(4)->soft_dirty);
+  area_list moved;
+  REQUIRE(list.shifted({1, 5}, 11, moved));
+  CHECK(moved.items().size() == 1);
+  CHECK(moved.items()[0] == area{{11, 15}, protection::read, true});
+  REQUIRE(list.changed(
+      {0, 6}, [](area& a) { a.soft_dirty = false; }, list));
+  CHECK(list.items().size() == 1);
+}
+
 }  // namespace

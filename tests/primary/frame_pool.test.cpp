@@ -58,7 +58,7 @@ TEST_CASE("a frame is freed by whoever gives up the last right to it, exactly on
     for (const int step : order) {
       CHECK(pool.generation(f) == 0);
       if (step == 2) {
-        pool.withdraw(f);
+        CHECK(pool.withdraw(f));
         pool.drop(f);
       } else {
         CHECK(pool.unpin(f));
@@ -93,7 +93,7 @@ TEST_CASE("a chain collects frames and drops them all; those on loan stay") {
     const pfn f = pool.allocate();
     pool.install(f);
     if (i == 2) pool.pin(kept = f);
-    pool.withdraw(f);
+    REQUIRE(pool.withdraw(f));
     pool.push(chain, f);
   }
   CHECK(chain.size() == 4);
@@ -131,6 +131,96 @@ TEST_CASE("a freed frame is poisoned in AddressSanitizer's shadow, and a used on
   CHECK(__asan_address_is_poisoned(pool.data(f) + page_size - 1));
 }
 #endif
+
+TEST_CASE("a shared frame is held again after the last of its entries is gone, in any order with loans") {
+  for (const bool lent : {false, true}) {
+    frame_pool pool{2};
+    const pfn f = pool.allocate();
+    pool.install(f);
+    CHECK(pool.sole(f));
+    pool.share(f);
+    pool.share(f);
+    CHECK(pool.maps(f) == 3);
+    CHECK_FALSE(pool.sole(f));
+    if (lent) pool.pin(f);
+    CHECK_FALSE(pool.withdraw(f));
+    CHECK_FALSE(pool.withdraw(f));
+    CHECK(pool.sole(f));
+    CHECK(pool.mapped(f));
+    CHECK(pool.withdraw(f));
+    CHECK_FALSE(pool.mapped(f));
+    pool.drop(f);
+    CHECK(pool.generation(f) == (lent ? 0 : 1));
+    if (lent) CHECK(pool.unpin(f));
+    CHECK(pool.free_count() == 2);
+    CHECK(pool.verify() == nullptr);
+  }
+}
+
+TEST_CASE("an owner is forgotten when the frame is freed") {
+  frame_pool pool{1};
+  const pfn f = pool.allocate();
+  CHECK(pool.owner(f) == nullptr);
+  pool.set_owner(f, &pool);
+  CHECK(pool.owner(f) == &pool);
+  pool.drop(f);
+  REQUIRE(pool.allocate() == f);
+  CHECK(pool.owner(f) == nullptr);
+}
+
+TEST_CASE("a block is aligned and in a row, leaves the list's order as it is, and is freed frame by frame") {
+  constexpr std::size_t n = frame_pool::block_frames;
+  frame_pool pool{3 * n + 7};
+  const pfn first = pool.allocate();
+  REQUIRE(first.value == 0);
+  const pfn b = pool.allocate_block();
+  CHECK(b.value == n);
+  CHECK(pool.free_count() == 2 * n + 6);
+  CHECK(pool.verify() == nullptr);
+  const pfn c = pool.allocate_block();
+  CHECK(c.value == 2 * n);
+  CHECK(pool.allocate_block() == frame_pool::none);  // one frame of the first block is taken, and the last 7 are none
+  CHECK(pool.free_count() == n + 6);
+  for (std::size_t i = 1; i < n; ++i) REQUIRE(pool.allocate().value == i);
+  CHECK(pool.allocate().value == 3 * n);
+  for (std::size_t i = 0; i < n; ++i) {
+    fill_page(pool.data(b + i), std::byte{1});
+    pool.drop(b + i);
+  }
+  CHECK(pool.verify() == nullptr);
+  CHECK(pool.allocate_block() == b);
+  CHECK(pool.stale_writes() == 0);
+  frame_pool small{n - 1};
+  CHECK(small.allocate_block() == frame_pool::none);
+}
+
+TEST_CASE("blocks and single frames of many threads never share a frame") {
+  constexpr std::size_t n = frame_pool::block_frames;
+  frame_pool pool{4 * n};
+  std::atomic<int> wrong{0};
+  {
+    std::vector<std::jthread> threads;
+    for (std::uint64_t id = 1; id <= 3; ++id) {
+      threads.emplace_back([&, id] {
+        for (int i = 0; i < 40; ++i) {
+          const bool block = (static_cast<std::uint64_t>(i) + id) % 3 == 0;
+          const pfn first = block ? pool.allocate_block() : pool.allocate();
+          if (first == frame_pool::none) continue;
+          const std::size_t count = block ? n : 1;
+          for (std::size_t f = 0; f < count; ++f) pool.data(first + f)[0] = static_cast<std::byte>(id);
+          std::this_thread::yield();
+          for (std::size_t f = 0; f < count; ++f) {
+            if (pool.data(first + f)[0] != static_cast<std::byte>(id)) wrong.fetch_add(1);
+            pool.drop(first + f);
+          }
+        }
+      });
+    }
+  }
+  CHECK(wrong == 0);
+  CHECK(pool.free_count() == 4 * n);
+  CHECK(pool.verify() == nullptr);
+}
 
 TEST_CASE("a pool without memory is empty and says so") {
   frame_pool none{0};
@@ -207,7 +297,7 @@ TEST_CASE("threads that allocate, lend and free never share a frame, and none is
             fill_page(pool.data(f), static_cast<std::byte>(id));
             pool.install(f);
             pool.pin(f);
-            pool.withdraw(f);
+            if (!pool.withdraw(f)) wrong.fetch_add(1);
             if (pool.data(f)[random.below(page_size)] != static_cast<std::byte>(id)) wrong.fetch_add(1);
             if (!pool.unpin(f)) wrong.fetch_add(1);
             pool.push(chain, f);

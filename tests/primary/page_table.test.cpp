@@ -40,6 +40,52 @@ TEST_CASE("an entry is nothing, a frame, or a swap slot") {
   CHECK(swapped.frame() == pfn{0x1234567});
 }
 
+TEST_CASE("an entry's kinds exclude each other, and another frame keeps the bits") {
+  const page_entry device = page_entry::on_device(pfn{5});
+  CHECK(device.device());
+  CHECK_FALSE(device.present());
+  CHECK_FALSE(device.has_frame());
+  CHECK_FALSE(device.none());
+  const page_entry own = page_entry::mapping(pfn{6}, false)
+                             .without(page_entry::present_bit)
+                             .with(page_entry::exclusive_bit | page_entry::soft_dirty_bit);
+  CHECK(own.exclusive());
+  CHECK(own.has_frame());
+  CHECK_FALSE(own.present());
+  CHECK_FALSE(own.none());
+  const page_entry moved = own.at(pfn{7});
+  CHECK(moved.frame() == pfn{7});
+  CHECK(moved.exclusive());
+  CHECK(moved.soft_dirty());
+  CHECK_FALSE(moved.writable());
+}
+
+TEST_CASE("a huge mark belongs to its 2 MiB, is cleared once, and hides nothing") {
+  page_table table;
+  constexpr std::uintptr_t size = page_table::block_size;
+  CHECK_FALSE(table.huge(5 * size));
+  CHECK_FALSE(table.clear_huge(5 * size));
+  for (const std::uintptr_t b : std::initializer_list<std::uintptr_t>{5, 6, 8})
+    set(table, b * size + 3 * page_size, entry_of(b));
+  table.set_huge(6 * size + 123);
+  table.set_huge(8 * size);
+  CHECK_FALSE(table.huge(5 * size));
+  CHECK(table.huge(6 * size));
+  CHECK(table.huge(7 * size - 1));
+  CHECK(table.peek(6 * size + 3 * page_size).frame() == pfn{6});
+  CHECK(table.reach(6 * size + 4 * page_size) != nullptr);
+  CHECK(table.nodes() == 6);
+  std::vector<std::uintptr_t> blocks, huge;
+  table.for_each_block({5 * size, 9 * size}, [&](std::uintptr_t b, bool) { blocks.push_back(b / size); });
+  table.for_each_huge({6 * size + page_size, 9 * size}, [&](std::uintptr_t b) { huge.push_back(b / size); });
+  CHECK(blocks == std::vector<std::uintptr_t>{5, 6, 8});
+  CHECK(huge == std::vector<std::uintptr_t>{6, 8});
+  CHECK(table.clear_huge(6 * size));
+  CHECK_FALSE(table.clear_huge(6 * size));
+  CHECK(table.peek(6 * size + 3 * page_size).frame() == pfn{6});
+  CHECK(page_table::block_of(6 * size + 5) == range{6 * size, 7 * size});
+}
+
 TEST_CASE("entries at the borders of every level are found where they were put, and in order") {
   page_table table;
   std::map<std::uintptr_t, std::uint64_t> model;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 
 #include <mmunotify/notifier/disabled.hpp>
+#include <mmunotify/notifier/keyed.hpp>
 #include <mmunotify/primary/reference_mmu.hpp>
 
 #include <doctest/doctest.h>
@@ -477,6 +478,28 @@ TEST_CASE("young is what the primary or a secondary has accessed; clearing asks 
   CHECK(r.notes.empty());
 }
 
+TEST_CASE("O5: young pages are answered page by page, those of secondaries among them, and cleared when asked") {
+  four_pages f;
+  recorder r{f.mmu};
+  std::array<std::uint64_t, 1> bits{};
+  CHECK(f.mmu.young_pages(pages(0, 4), bits, true) == errc::ok);
+  CHECK(bits[0] == 0b0111);
+  bits[0] = 0b1000;
+  CHECK(f.mmu.young_pages(pages(0, 4), bits, false) == errc::ok);
+  CHECK(bits[0] == 0b1000);  // marks are added
+  r.young = true;
+  CHECK(get(f.mmu, 1) == 101);
+  bits[0] = 0;
+  CHECK(f.mmu.young_pages(pages(1, 3), bits, false) == errc::ok);
+  CHECK(bits[0] == 0b11);
+  CHECK(r.notes.empty());
+  CHECK(f.mmu.young_pages(pages(0, 65), bits, false) == errc::bad_range);
+  CHECK(f.mmu.young_pages({at(0) + 1, at(1)}, bits, false) == errc::bad_range);
+  CHECK(f.mmu.young_pages(pages(9, 10), bits, false) == errc::not_mapped);
+  REQUIRE(f.mmu.exit() == errc::ok);
+  CHECK(f.mmu.young_pages(pages(0, 4), bits, false) == errc::released);
+}
+
 TEST_CASE("compare_exchange and load are atomic, follow the page, and say what they found") {
   four_pages f;
   std::uint64_t expected = 100;
@@ -530,6 +553,7 @@ TEST_CASE("when frames or swap run out, nothing is half-done, at any size of the
 }
 
 mmu_type* called_back = nullptr;
+mmu_type* other_mmu = nullptr;
 std::vector<errc> answers;
 
 TEST_CASE("L7: calls from inside a callback, which would wait for themselves, are refused") {
@@ -552,10 +576,24 @@ TEST_CASE("L7: calls from inside a callback, which would wait for themselves, ar
                mmu.load(hva{at(0)}, w),
                mmu.compare_exchange(hva{at(0)}, w, w),
                mmu.clear_young(pages(0, 1)).error,
+               mmu.map_huge({page_table::block_size, 2 * page_table::block_size}, protection::read),
+               mmu.clear_soft_dirty(pages(0, 1)),
+               mmu.soft_dirty(pages(0, 1)).error,
+               mmu.collapse(pages(0, 1)),
+               mmu.merge_equal(pages(0, 1)).error,
+               mmu.migrate_to_device(pages(0, 1), &mmu),
+               mmu.migrate_to_system(pages(0, 1), &mmu),
+               mmu.make_exclusive(pages(0, 1), &mmu),
+               mmu.find_owned(hva{at(0)}, &mmu, false).error,
+               mmu.reap().error,
+               mmu.fork(*other_mmu),
+               other_mmu->fork(mmu),
                mmu.exit()};
     if (mmu.verify() == nullptr) answers.push_back(errc::ok);
   };
-  const std::vector<errc> refused(13, errc::would_deadlock);
+  const std::vector<errc> refused(25, errc::would_deadlock);
+  mmu_type other{f.mmu.memory()};
+  other_mmu = &other;
   REQUIRE(f.mmu.unmap(pages(3, 4)) == errc::ok);
   CHECK(answers == refused);
   answers.clear();
@@ -958,6 +996,42 @@ TEST_CASE("a primary with no lock to offer, and one whose notifier is compiled o
   CHECK(alone.test_young(pages(0, 4)));
   CHECK(alone.verify() == nullptr);
   CHECK(alone.exit() == errc::ok);
+}
+
+template <class Space>
+void every_operation() {
+  physical_memory ram{2048, 16, 8};
+  reference_mmu<Space> mmu{ram}, child{ram};
+  const std::uintptr_t block = page_table::block_size;
+  const range small{0, 4 * page_size}, large{block, 2 * block};
+  std::array<std::byte, 3 * page_size> three{};
+  std::array<std::uint64_t, 1> bits{};
+  REQUIRE(mmu.map(small, protection::read_write) == errc::ok);
+  REQUIRE(mmu.map_huge(large, protection::read_write) == errc::ok);
+  REQUIRE(mmu.write(0, three) == errc::ok);
+  CHECK(mmu.young_pages(small, bits, true) == errc::ok);
+  CHECK(mmu.fork(child) == errc::ok);
+  CHECK(mmu.merge_equal(small).merged == 2);
+  CHECK(mmu.write(0, three) == errc::ok);
+  CHECK(mmu.clear_soft_dirty(small) == errc::ok);
+  CHECK_FALSE(mmu.soft_dirty(small));
+  CHECK(mmu.migrate_to_device(small, &mmu) == errc::ok);
+  CHECK(mmu.find_owned(hva{0}, &mmu, true));
+  CHECK(mmu.migrate_to_system(small, &mmu) == errc::ok);
+  CHECK(mmu.make_exclusive(small, &mmu) == errc::ok);
+  CHECK(mmu.read(0, three) == errc::ok);
+  CHECK(mmu.protect({block, block + page_size}, protection::read) == errc::ok);
+  CHECK(mmu.protect(large, protection::read_write) == errc::ok);
+  CHECK(mmu.collapse(large) == errc::ok);
+  CHECK(child.reap());
+  reference_mmu<Space>* const family[] = {&mmu, &child};
+  CHECK(reference_mmu<Space>::verify(family) == nullptr);
+}
+
+TEST_CASE("every operation works without a lock to offer, behind a static key, and with the notifier compiled out") {
+  every_operation<address_space<arming::tracked>>();
+  every_operation<address_space<arming::keyed<std::shared_mutex>>>();
+  every_operation<address_space<disabled>>();
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include <doctest/doctest.h>
 
+#include <cstddef>
 #include <cstdint>
 
 using namespace mmunotify;
@@ -13,26 +14,33 @@ namespace {
 TEST_CASE("each counter arrives in the member of its name, and faults are the sum of their kinds") {
   using detail::counter;
   detail::primary_counters counters;
-  std::uint64_t n = 1;
-  for (const counter c :
-       {counter::zero_filled, counter::swapped_in, counter::swapped_out, counter::migrated, counter::moved,
-        counter::unmapped, counter::skipped_pinned, counter::brackets, counter::pins, counter::unpins}) {
-    counters.add(c, n);
-    counters.add(c);
-    n *= 10;
+  for (std::size_t c = 0; c < static_cast<std::size_t>(counter::count); ++c) {
+    counters.add(static_cast<counter>(c), c * 10);
+    counters.add(static_cast<counter>(c));
   }
   const primary_statistics s = counters.read();
-  CHECK(s.zero_filled == 2);
-  CHECK(s.swapped_in == 11);
-  CHECK(s.faults == 13);
-  CHECK(s.swapped_out == 101);
-  CHECK(s.migrated == 1001);
-  CHECK(s.moved == 10001);
-  CHECK(s.unmapped == 100001);
-  CHECK(s.skipped_pinned == 1000001);
-  CHECK(s.brackets == 10000001);
-  CHECK(s.pins == 100000001);
-  CHECK(s.unpins == 1000000001);
+  const auto expected = [](counter c) { return static_cast<std::uint64_t>(c) * 10 + 1; };
+  CHECK(s.zero_filled == expected(counter::zero_filled));
+  CHECK(s.swapped_in == expected(counter::swapped_in));
+  CHECK(s.swapped_out == expected(counter::swapped_out));
+  CHECK(s.migrated == expected(counter::migrated));
+  CHECK(s.moved == expected(counter::moved));
+  CHECK(s.unmapped == expected(counter::unmapped));
+  CHECK(s.skipped_pinned == expected(counter::skipped_pinned));
+  CHECK(s.copied == expected(counter::copied));
+  CHECK(s.forked == expected(counter::forked));
+  CHECK(s.merged == expected(counter::merged));
+  CHECK(s.collapsed == expected(counter::collapsed));
+  CHECK(s.split == expected(counter::split));
+  CHECK(s.to_device == expected(counter::to_device));
+  CHECK(s.from_device == expected(counter::from_device));
+  CHECK(s.made_exclusive == expected(counter::made_exclusive));
+  CHECK(s.revoked == expected(counter::revoked));
+  CHECK(s.reaped == expected(counter::reaped));
+  CHECK(s.brackets == expected(counter::brackets));
+  CHECK(s.pins == expected(counter::pins));
+  CHECK(s.unpins == expected(counter::unpins));
+  CHECK(s.faults == s.zero_filled + s.swapped_in);
   CHECK(s.stale_writes == 0);
 }
 

@@ -53,6 +53,26 @@ TEST_CASE("each guard holds the mutex as its name says, for its scope") {
   CHECK(available(lock.mutex()) == 2);
 }
 
+TEST_CASE("a guard that only tries says again instead of waiting, and unlocks only what it has locked") {
+  tables_lock lock;
+  {
+    const tables_lock::try_shared in{lock};
+    CHECK(in.error() == errc::ok);
+    CHECK(lock.inside());
+    CHECK(available(lock.mutex()) == 1);
+    const tables_lock::try_shared again{lock};
+    CHECK(again.error() == errc::would_deadlock);
+  }
+  CHECK(available(lock.mutex()) == 2);
+  const tables_lock::exclusive held{lock};
+  std::thread([&] {
+    const tables_lock::try_shared in{lock};
+    CHECK(in.error() == errc::again);
+    CHECK_FALSE(lock.inside());
+  }).join();
+  CHECK(available(lock.mutex()) == 0);
+}
+
 template <class Outer, class Inner>
 void refuses() {
   tables_lock lock;

@@ -264,8 +264,9 @@ class address_space {
 
   /// Effects: the same without waiting: the worker runs the release hook, waits, and calls done(node) if it is not null
   /// (before the call returns, if the space's release() is done with the node already). Until then the node is called.
-  /// Returns: ok; not_registered, also if another call removes it. Progress: never waits. Context: anywhere, also in
-  /// callbacks and brackets of this space (L7). Before the space goes: barrier().
+  /// A removal that is under way already, by unregister() or release(), calls done(node) as well. Returns: ok;
+  /// not_registered, also if another unregister_async() was called before. Progress: never waits. Context: anywhere,
+  /// also in callbacks and brackets of this space (L7). Before the space goes: barrier().
   errc unregister_async(basic_subscriber<key>& node, done_hook done = nullptr) noexcept {
     return gate_.leave_async(node, this, done);
   }
@@ -323,7 +324,7 @@ class address_space {
     });
   }
   MMUNOTIFY_COLD static void change_entry_armed(address_space& space, const basic_entry_change<key>& change) noexcept {
-    if (MMUNOTIFY_CHECKED && !space.gate_.held_by_this_thread()) {
+    if (MMUNOTIFY_CHECKED && !space.gate_.may_be_inside()) {
       return detail::violated("O1", "address_space::change_entry", "called outside of a bracket of this thread");
     }
     if (!detail::is_valid(change.range)) return;

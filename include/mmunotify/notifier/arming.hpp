@@ -66,7 +66,6 @@ struct open_bracket {
   std::uint64_t version;  ///< 0: nobody is called at the end
   void* intervals;        ///< what the intervals remember of it
 };
-static_assert(sizeof(open_bracket<std::uint64_t, linux_platform>) <= sizeof(thread_cells<linux_platform::cells>::cell));
 
 /// Returns: false, after saying so, if the bracket is not open, or not one of this registry and thread. (Checked
 /// builds; whether it was ended before is looked at always.)
@@ -84,6 +83,7 @@ template <address_key Key, class Platform>
 template <address_key Key, class Platform>
 [[gnu::always_inline]] inline open_bracket<Key, Platform>* make_bracket(registry<Key, Platform>& r,
                                                                         std::byte* slab) noexcept {
+  static_assert(sizeof(open_bracket<Key, Platform>) <= sizeof(typename thread_cells<Platform::cells>::cell));
   void* const cell = r.domain().cells(slab).take();
   if (cell == nullptr) [[unlikely]] {
     violated("P5", "address_space::invalidate", "one thread has %zu brackets open, and cannot have more",

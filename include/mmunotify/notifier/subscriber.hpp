@@ -90,6 +90,9 @@ class basic_subscriber : public hlist_node {
 
   /// The audience rule: a bracket of version g calls exactly those with born <= g < dead.
   [[gnu::always_inline]] bool hears(std::uint64_t g) const noexcept {
+    if constexpr (detail::mutated(detail::mutation::audience_by_flag)) {
+      return dead_.load(std::memory_order_relaxed) == never;
+    }
     return born_.load(std::memory_order_relaxed) <= g && g < dead_.load(std::memory_order_relaxed);
   }
   /// Whether the filter lets the bracket through (P6). Neither the filter nor the bracket changes.
@@ -139,7 +142,8 @@ class basic_subscriber : public hlist_node {
 
   // unregister_async
   struct removal : srcu_head {
-    basic_subscriber* node = nullptr;
+    basic_subscriber* node = nullptr;  ///< under way
+    bool adopted = false;              ///< asked for while another removal was under way, which hands over to it
     void (*done)(basic_subscriber&) noexcept = nullptr;
   } removal_{};
 };

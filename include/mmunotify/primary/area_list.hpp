@@ -5,8 +5,8 @@
 //
 // A sorted array of disjoint areas. It is never changed in place: an operation builds the list as it will be, which
 // is where allocation may fail, and then swaps the two between start and end of its bracket, which cannot fail. There
-// is one way to build: cut a hole and fill it. Mapping, unmapping, protecting and both halves of a move are that.
-// Neighbours that touch and agree are merged.
+// are two ways to build: cut a hole and fill it (mapping, unmapping, both halves of a move), or change what the areas
+// of a range say (protecting, soft-dirty tracking). Neighbours that touch and agree are merged.
 //
 // Cost: finding O(log n), changing O(n) in the number of areas. Limits: for hundreds of areas, not for millions.
 
@@ -33,7 +33,11 @@ enum class protection : std::uint8_t {
 struct area {
   mmunotify::range range;
   protection allows = protection::none;
+  bool soft_dirty = true;  ///< all of it counts as written: it was made, or came here, since clear_soft_dirty
 
+  constexpr area clipped_to(const mmunotify::range& r) const noexcept {
+    return {range.clipped_to(r), allows, soft_dirty};
+  }
   friend constexpr bool operator==(const area&, const area&) = default;
 };
 
@@ -85,16 +89,35 @@ class area_list {
   [[nodiscard]] bool replaced(const range& hole, std::span<const area> filling, area_list& out) const noexcept {
     area_list next;
     if (!next.reserve(size_ + 1 + filling.size())) return false;  // a hole splits at most one area
-    constexpr std::uintptr_t lowest = 0;
-    constexpr std::uintptr_t highest = UINTPTR_MAX;
-    for (const area& a : items()) next.append({a.range.clipped_to({lowest, hole.first}), a.allows});
+    for (const area& a : items()) next.append(a.clipped_to({lowest, hole.first}));
     for (const area& a : filling) next.append(a);
-    for (const area& a : items()) next.append({a.range.clipped_to({hole.last, highest}), a.allows});
+    for (const area& a : items()) next.append(a.clipped_to({hole.last, highest}));
     out.swap(next);
     return true;
   }
 
-  /// Effects: `out` becomes what lies in r, moved so that r.first comes to lie at `to`.
+  /// Effects: `out` becomes this list, in which change(area&) has been applied to what lies in r. It may not change
+  /// ranges. Preconditions: out is another list. Returns: false when memory ran out; out is then as it was.
+  template <class Change>
+  [[nodiscard]] bool changed(const range& r, Change change, area_list& out) const noexcept {
+    area_list next;
+    if (!next.reserve(size_ + 2)) return false;  // r's two ends split one area each
+    for (const area& a : items()) {
+      area inside = a.clipped_to(r);
+      if (inside.range.empty()) {
+        next.append(a);
+        continue;
+      }
+      change(inside);
+      next.append(a.clipped_to({lowest, r.first}));
+      next.append(inside);
+      next.append(a.clipped_to({r.last, highest}));
+    }
+    out.swap(next);
+    return true;
+  }
+
+  /// Effects: `out` becomes what lies in r, moved so that r.first comes to lie at `to`, and soft-dirty there.
   /// Returns: false when memory ran out; out is then as it was.
   [[nodiscard]] bool shifted(const range& r, std::uintptr_t to, area_list& out) const noexcept {
     area_list next;
@@ -117,6 +140,9 @@ class area_list {
   }
 
  private:
+  static constexpr std::uintptr_t lowest = 0;
+  static constexpr std::uintptr_t highest = UINTPTR_MAX;
+
   std::size_t first_ending_after(std::uintptr_t a) const noexcept {
     const area* i = std::partition_point(items_, items_ + size_, [a](const area& x) { return x.range.last <= a; });
     return static_cast<std::size_t>(i - items_);
@@ -131,9 +157,12 @@ class area_list {
   /// Adds an area behind all others, into capacity that is there; an empty one is left out.
   void append(const area& a) noexcept {
     if (a.range.empty()) return;
-    if (size_ != 0 && items_[size_ - 1].range.last == a.range.first && items_[size_ - 1].allows == a.allows) {
-      items_[size_ - 1].range.last = a.range.last;
-      return;
+    if (size_ != 0) {
+      area& before = items_[size_ - 1];
+      if (before.range.last == a.range.first && before.allows == a.allows && before.soft_dirty == a.soft_dirty) {
+        before.range.last = a.range.last;
+        return;
+      }
     }
     items_[size_] = a;
     size_ += 1;

@@ -7,11 +7,19 @@
 //
 //   free    word 0            in the free list; its 4 KiB hold the poison
 //   held    held_bit          an operation has it: just allocated, or withdrawn and to be freed when its bracket ends
-//   mapped  mapped_bit        one page-table entry points to it
-//   pinned  a count           on loan; may come with either bit, and alone it keeps a withdrawn frame alive
+//   mapped  a count           so many page-table entries point to it, of one address space or of several
+//   pinned  a count           on loan; may come with either, and alone it keeps a withdrawn frame alive
 //
-//        allocate        install           withdraw         drop, or the last unpin
-//   free ---------> held --------> mapped ---------> held -------------------------> free
+//        allocate        install           the last withdraw         drop, or the last unpin
+//   free ---------> held --------> mapped ------------------> held -------------------------> free
+//                                   |  ^
+//                                   +--+ share, withdraw
+//
+// A frame that several entries share leaves with the last of them. An earlier one has lost it for good when it is
+// withdrawn: its own bracket's start has returned by then, so that nobody behind it uses the frame any more.
+//
+// Frames also come in blocks: block_frames in a row, aligned, for a huge page. A block is no more than its frames; each
+// has its own word and is freed by itself.
 //
 // A freed frame is filled with frame_pool::poison and goes to the far end of the list, so that a secondary that kept
 // a mapping for too long reads nonsense for as long as possible. Before a frame is used again its poison is checked:
@@ -19,7 +27,8 @@
 // and any touch of it is reported where it happens.
 //
 // Context: every member may be called from any thread. Those that change the free list take a short lock, inside
-// which nothing sleeps, and which is the innermost of all locks. Limits: 2^32 - 2 frames.
+// which nothing sleeps, and which is the innermost of all locks. Limits: 2^32 - 2 frames, 2^31 - 1 entries and as many
+// loans each.
 
 #include <atomic>
 #include <cstddef>
@@ -63,6 +72,8 @@ class frame_pool {
  public:
   /// What a freed frame is filled with.
   static constexpr std::byte poison{0x6b};
+  /// The frames of a block: 2 MiB.
+  static constexpr std::size_t block_frames = 512;
   /// Returned by allocate() when nothing is free.
   static constexpr pfn none{UINT64_MAX};
 
@@ -94,9 +105,14 @@ class frame_pool {
   std::uint64_t stale_writes() const noexcept { return stale_writes_.load(std::memory_order_relaxed); }
   /// How often the frame was freed. Preconditions: contains(f).
   std::uint64_t generation(pfn f) const noexcept { return at(f).generation.load(std::memory_order_relaxed); }
+  /// How many entries point to it; stale on arrival unless all that do are locked. Preconditions: contains(f).
+  std::uint64_t maps(pfn f) const noexcept { return (at(f).word.load(std::memory_order_relaxed) & map_mask) / map_one; }
   /// How many references are on loan; stale on arrival. Preconditions: contains(f).
   std::uint64_t pins(pfn f) const noexcept { return at(f).word.load(std::memory_order_relaxed) & pin_mask; }
-  bool mapped(pfn f) const noexcept { return (at(f).word.load(std::memory_order_relaxed) & mapped_bit) != 0; }
+  bool mapped(pfn f) const noexcept { return maps(f) != 0; }
+  /// Whom the frame was given to, for device pages and exclusive access. Context: whoever holds its entry's lock.
+  const void* owner(pfn f) const noexcept { return at(f).owner.load(std::memory_order_relaxed); }
+  void set_owner(pfn f, const void* owner) noexcept { at(f).owner.store(owner, std::memory_order_relaxed); }
 
   /// Takes the frame that was freed longest ago. Returns: a held frame, its contents undefined; none if none is free.
   [[nodiscard]] pfn allocate() noexcept {
@@ -109,15 +125,46 @@ class frame_pool {
       free_ -= 1;
       frames_[f].word.store(held_bit, std::memory_order_relaxed);
     }
-    if (!intact(f)) stale_writes_.fetch_add(1, std::memory_order_relaxed);
-    allow(arena_ + f * page_size, page_size);
+    make_usable(f);
     return {f};
   }
 
-  /// held -> mapped. Context: the lock of the entry that will point to f is held.
-  void install(pfn f) noexcept { at(f).word.fetch_add(mapped_bit - held_bit, std::memory_order_relaxed); }
-  /// mapped -> held. Context: as install.
-  void withdraw(pfn f) noexcept { at(f).word.fetch_sub(mapped_bit - held_bit, std::memory_order_relaxed); }
+  /// Takes block_frames frames in a row, of which the first is a multiple of block_frames. Returns: the first, all
+  /// held, contents undefined; none if there are no such. Cost: looks at the whole pool, under its lock.
+  [[nodiscard]] pfn allocate_block() noexcept {
+    std::size_t first = 0;
+    {
+      const std::lock_guard lock{mutex_};
+      while (first + block_frames <= size_ && !free_block_locked(first)) first += block_frames;
+      if (first + block_frames > size_) return none;
+      take_block_locked(first);
+    }
+    for (std::size_t i = 0; i < block_frames; i += 1) make_usable(static_cast<std::uint32_t>(first + i));
+    return {first};
+  }
+
+  /// held -> mapped, by one. Context: the lock of the entry that will point to f is held.
+  void install(pfn f) noexcept { at(f).word.fetch_add(map_one - held_bit, std::memory_order_relaxed); }
+  /// One more entry points to it. Context: the lock of one that does is held.
+  void share(pfn f) noexcept { at(f).word.fetch_add(map_one, std::memory_order_relaxed); }
+  /// One entry less points to it. Returns: true if it was the last: the frame is held, and the caller's to drop.
+  /// Context: that entry's lock is held, or it points elsewhere by now.
+  [[nodiscard]] bool withdraw(pfn f) noexcept {
+    std::uint64_t w = at(f).word.load(std::memory_order_relaxed);
+    bool last = false;
+    do {
+      last = (w & map_mask) == map_one;
+      // (fp4) release pairs with (fp5): this entry's reads of the contents happen before the one that stays writes.
+      //       acquire pairs with (fp4) of the others: they happen before the frame is poisoned.
+    } while (!at(f).word.compare_exchange_weak(w, last ? w - map_one + held_bit : w - map_one,
+                                               std::memory_order_acq_rel, std::memory_order_relaxed));
+    return last;
+  }
+  /// No other entry points to it. Context: the lock of the one that does is held: a true answer stays true.
+  bool sole(pfn f) const noexcept {
+    // (fp5) acquire pairs with (fp4).
+    return (at(f).word.load(std::memory_order_acquire) & map_mask) == map_one;
+  }
 
   /// Takes a reference. Context: the lock of the entry that points to f is held, so that f cannot be withdrawn.
   void pin(pfn f) noexcept { at(f).word.fetch_add(1, std::memory_order_relaxed); }
@@ -139,7 +186,8 @@ class frame_pool {
   }
 
   /// Somebody has the mapped frame on loan, so that its contents cannot be taken elsewhere.
-  /// Context: the lock of the entry that points to f is held: a false answer stays false.
+  /// Context: the lock of an entry that points to f is held: if it is the sole one, a false answer stays false; if not,
+  /// nobody who borrows it meanwhile may write.
   bool on_loan(pfn f) const noexcept {
     // (fp2) acquire pairs with (fp1).
     return (at(f).word.load(std::memory_order_acquire) & pin_mask) != 0;
@@ -192,25 +240,56 @@ class frame_pool {
 
  private:
   static constexpr std::uint64_t held_bit = std::uint64_t{1} << 62;
-  static constexpr std::uint64_t mapped_bit = std::uint64_t{1} << 63;
-  static constexpr std::uint64_t pin_mask = held_bit - 1;
+  static constexpr std::uint64_t map_one = std::uint64_t{1} << 31;
+  static constexpr std::uint64_t pin_mask = map_one - 1;
+  static constexpr std::uint64_t map_mask = held_bit - map_one;
   static constexpr std::uint32_t nil = UINT32_MAX;
   static constexpr std::align_val_t alignment{page_size};
 
   struct frame {
     std::atomic<std::uint64_t> word{0};
     std::atomic<std::uint64_t> generation{0};
+    std::atomic<const void*> owner{nullptr};
     std::uint32_t next = nil;
   };
 
   frame& at(pfn f) noexcept { return frames_[f.value]; }
   const frame& at(pfn f) const noexcept { return frames_[f.value]; }
 
+  /// A frame that has just been taken out of the list is touched for the first time.
+  void make_usable(std::uint32_t f) noexcept {
+    if (!intact(f)) stale_writes_.fetch_add(1, std::memory_order_relaxed);
+    allow(arena_ + f * page_size, page_size);
+  }
+
+  bool free_block_locked(std::size_t first) const noexcept {
+    std::uint64_t used = 0;
+    for (std::size_t i = 0; i < block_frames; i += 1) used |= frames_[first + i].word.load(std::memory_order_relaxed);
+    return used == 0;
+  }
+
+  /// Goes through the list and makes it anew, without the block. Context: the block is free.
+  void take_block_locked(std::size_t first) noexcept {
+    std::uint32_t f = head_;
+    std::size_t left = free_;
+    free_ = 0;
+    for (; left != 0; left -= 1) {
+      const std::uint32_t following = frames_[f].next;  // append changes the links behind f only
+      if (f - first < block_frames) {
+        frames_[f].word.store(held_bit, std::memory_order_relaxed);
+      } else {
+        append(f);
+      }
+      f = following;
+    }
+  }
+
   /// Frees a frame that is held and that nobody else knows.
   void recycle(std::uint32_t f) noexcept {
     fill_page(arena_ + f * page_size, poison);
     forbid(arena_ + f * page_size, page_size);
     frames_[f].generation.fetch_add(1, std::memory_order_relaxed);
+    frames_[f].owner.store(nullptr, std::memory_order_relaxed);
     const std::lock_guard lock{mutex_};
     frames_[f].word.store(0, std::memory_order_relaxed);
     append(f);

@@ -10,6 +10,11 @@
 // An entry changes only under its lock bit. The lock is a leaf: who has one may take the frame pool's lock and no
 // other, never a second entry's, and never runs a callback. So holders are done after the time of a page copy at most,
 // and waiters spin, then yield.
+//
+// Huge pages. A slot of the second level is one 2 MiB mapping when its huge mark is set: all 512 entries below are
+// present, their frames are a block, and all are writable or none is. The entries stay, as Linux deposits a page table
+// under each huge entry: so splitting is one store that cannot fail, and bits per small page (young, soft-dirty) lose
+// nothing. The mark is set while the primary's lock is held exclusive, and cleared before an entry below changes alone.
 
 #include <atomic>
 #include <cstddef>
@@ -22,7 +27,8 @@
 
 MMUNOTIFY_BEGIN_NAMESPACE
 
-/// One entry's value without its lock: nothing (all zero), a frame, or a swap slot.
+/// One entry's value without its lock: nothing (all zero); a frame that the processor may use, or one that a device has
+/// for itself (exclusive); a page of device memory; or a swap slot.
 struct page_entry {
   std::uint64_t bits = 0;
 
@@ -30,17 +36,36 @@ struct page_entry {
   static constexpr std::uint64_t swapped_bit = 2;
   static constexpr std::uint64_t young_bit = 4;
   static constexpr std::uint64_t lock_bit = 8;
+  static constexpr std::uint64_t writable_bit = 16;  ///< of a present one only: writes need no fault
+  static constexpr std::uint64_t soft_dirty_bit =
+      32;                                          ///< written, or made, since clear_soft_dirty; writable implies it
+  static constexpr std::uint64_t device_bit = 64;  ///< the contents are in the device's memory
+  static constexpr std::uint64_t exclusive_bit = 128;  ///< a frame that its owner alone may use
 
   static constexpr page_entry mapping(pfn f, bool young) noexcept {
     return {f.value << page_shift | present_bit | (young ? young_bit : 0)};
   }
   static constexpr page_entry swapped_to(pfn slot) noexcept { return {slot.value << page_shift | swapped_bit}; }
 
-  constexpr bool none() const noexcept { return (bits & (present_bit | swapped_bit)) == 0; }
+  static constexpr page_entry on_device(pfn page) noexcept { return {page.value << page_shift | device_bit}; }
+  /// The same bits for another frame.
+  constexpr page_entry at(pfn f) const noexcept { return {f.value << page_shift | (bits & page_mask)}; }
+  constexpr page_entry with(std::uint64_t set) const noexcept { return {bits | set}; }
+  constexpr page_entry without(std::uint64_t cleared) const noexcept { return {bits & ~cleared}; }
+
+  constexpr bool none() const noexcept {
+    return (bits & (present_bit | swapped_bit | device_bit | exclusive_bit)) == 0;
+  }
   constexpr bool present() const noexcept { return (bits & present_bit) != 0; }
   constexpr bool swapped() const noexcept { return (bits & swapped_bit) != 0; }
   constexpr bool young() const noexcept { return (bits & young_bit) != 0; }
-  /// The frame, or the swap slot.
+  constexpr bool writable() const noexcept { return (bits & writable_bit) != 0; }
+  constexpr bool soft_dirty() const noexcept { return (bits & soft_dirty_bit) != 0; }
+  constexpr bool device() const noexcept { return (bits & device_bit) != 0; }
+  constexpr bool exclusive() const noexcept { return (bits & exclusive_bit) != 0; }
+  /// It holds on to a frame of the memory.
+  constexpr bool has_frame() const noexcept { return present() || exclusive(); }
+  /// The frame, the device's page, or the swap slot.
   constexpr pfn frame() const noexcept { return {bits >> page_shift}; }
 };
 
@@ -79,6 +104,8 @@ class locked_entry {
 
 class page_table {
  public:
+  /// What a huge page maps.
+  static constexpr std::uint64_t block_size = page_size * 512;
   /// Addresses from here on have no entry: 57 bits, as five levels have in hardware.
   static constexpr std::uint64_t address_limit = std::uint64_t{1} << 57;
 
@@ -118,6 +145,39 @@ class page_table {
     walk(root_, top, 0, r, f);
   }
 
+  /// The 2 MiB around an address.
+  static constexpr range block_of(std::uint64_t a) noexcept {
+    const std::uint64_t first = a & ~(block_size - 1);
+    return {first, first + block_size};
+  }
+
+  /// The block around a is one mapping. Preconditions: as peek. Progress: wait-free.
+  bool huge(std::uintptr_t a) const noexcept {
+    const page_slot* const slot = block_slot(a);
+    return slot != nullptr && (slot->load(std::memory_order_relaxed) & huge_mark) != 0;
+  }
+  /// Preconditions: as peek; all entries of the block exist; to mark, the primary's lock is held exclusive.
+  void set_huge(std::uintptr_t a) noexcept { block_slot(a)->fetch_or(huge_mark, std::memory_order_relaxed); }
+  /// Returns: whether it was marked, of several threads to one. Preconditions: as peek.
+  bool clear_huge(std::uintptr_t a) noexcept {
+    page_slot* const slot = block_slot(a);
+    return slot != nullptr && (slot->fetch_and(~huge_mark, std::memory_order_relaxed) & huge_mark) != 0;
+  }
+
+  /// Calls f(the block's address, whether it is huge) for the blocks that have entries and that r touches, in order.
+  /// Preconditions: as for_each.
+  template <class Function>
+  void for_each_block(const range& r, Function f) noexcept {
+    walk_blocks(root_, top, 0, r, f);
+  }
+  /// The same for huge ones: f(the block's address).
+  template <class Function>
+  void for_each_huge(const range& r, Function f) noexcept {
+    for_each_block(r, [&](std::uintptr_t first, bool is_huge) {
+      if (is_huge) f(first);
+    });
+  }
+
   /// Frees the nodes below which r has only empty entries.
   /// Preconditions: as for_each; the primary's lock is held exclusive.
   void prune(const range& r) noexcept { prune(r, false); }
@@ -129,6 +189,7 @@ class page_table {
   static constexpr unsigned index_bits = 9;
   static constexpr std::size_t fan_out = std::size_t{1} << index_bits;
   static constexpr unsigned top = 4;
+  static constexpr std::uint64_t huge_mark = 1;  ///< beside the pointer in a slot of level 1
 
   struct node {
     page_slot slots[fan_out] = {};  ///< at level 0 page entries, above them pointers to nodes or null
@@ -140,7 +201,20 @@ class page_table {
   }
   static node* child(const page_slot& slot) noexcept {
     // (pt3) acquire pairs with (pt4): the node's entries are initialised.
-    return reinterpret_cast<node*>(static_cast<std::uintptr_t>(slot.load(std::memory_order_acquire)));
+    return reinterpret_cast<node*>(static_cast<std::uintptr_t>(slot.load(std::memory_order_acquire) & ~huge_mark));
+  }
+
+  /// The slot of level 1 above a's entry; null if there is none.
+  const page_slot* block_slot(std::uintptr_t a) const noexcept {
+    const node* n = &root_;
+    for (unsigned level = top; level != 1; level -= 1) {
+      n = child(n->slots[index(a, level)]);
+      if (n == nullptr) return nullptr;
+    }
+    return child(n->slots[index(a, 1)]) != nullptr ? &n->slots[index(a, 1)] : nullptr;
+  }
+  page_slot* block_slot(std::uintptr_t a) noexcept {
+    return const_cast<page_slot*>(static_cast<const page_table&>(*this).block_slot(a));
   }
 
   node* add_child(page_slot& slot) noexcept {
@@ -154,7 +228,7 @@ class page_table {
       return made;
     }
     delete made;
-    return reinterpret_cast<node*>(static_cast<std::uintptr_t>(found));
+    return reinterpret_cast<node*>(static_cast<std::uintptr_t>(found & ~huge_mark));
   }
 
   /// The addresses that a slot of the node that begins at `base` stands for.
@@ -180,6 +254,17 @@ class page_table {
         f(covered.first, slot);
       } else {
         walk(*child(slot), level - 1, covered.first, r, f);
+      }
+    });
+  }
+
+  template <class Function>
+  static void walk_blocks(node& n, unsigned level, std::uint64_t base, const range& r, Function& f) noexcept {
+    each_slot(n, level, base, r, [&](page_slot& slot, const range& covered) {
+      if (level != 1) {
+        walk_blocks(*child(slot), level - 1, covered.first, r, f);
+      } else {
+        f(covered.first, (slot.load(std::memory_order_relaxed) & huge_mark) != 0);
       }
     });
   }

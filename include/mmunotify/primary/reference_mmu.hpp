@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-// A complete primary MMU in software, in the small: areas, page faults, swap, migration, moves, young bits and exit.
+// A complete primary MMU in software, in the small: areas, page faults, small and huge pages, copy on write after fork,
+// merging, swap, migration, device memory, exclusive access, moves, young and soft-dirty bits, reaping and exit.
 //
 // It shows how a primary uses the notifier, it is what examples and torture tests run against, and an emulator can be
-// built on it. Every change of a translation goes through one helper, change(), which does things in the one right
-// order: start, change the tables, end, and only then free the frames that the change took away.
+// built on it. Every change of a translation goes through one of two helpers, change() and change_in_place(), which do
+// things in the one right order: start, change the tables, end, and only then free the frames that it took away.
 //
 // Locks, outermost first:
-//   tables()        exclusive: map, unmap, protect, move, exit, verify; shared: everything that works page by page.
+//   tables()        exclusive: what changes areas, forks, merges or collapses, exit, verify; shared: everything else.
 //                   Brackets run under it: that is what arming::under demands.
 //   (callbacks)     run here, with tables() held and nothing else: they may sleep and take the secondary's own lock.
 //   entry lock      one page-table entry, to fault in, look, copy and replace. Never held across a callback.
@@ -22,18 +23,31 @@
 // reference can appear; the page is counted as skipped, and the operation succeeds. unmap takes the page away all the
 // same: the frame then lives on until the last unpin and is nobody's page.
 //
+// The same goes for everything else that takes contents elsewhere; fork gives the child a copy. A lease is of a frame
+// and not of an address: after copy on write its holder has the old one, until the invalidation tells.
+//
+// Which bracket (as in Linux; each over the pages or areas that change):
+//   unmap             unmap; both sides of move       protection_vma    protect
+//   clear             swap_out, migrate, merge_equal, collapse, splits, reap, copy on write, the processor taking an
+//                     exclusive page back
+//   protection_page   fork, in the parent             soft_dirty        clear_soft_dirty
+//   migrate           migrate with an owner, to a device and back; no owner when the processor fetches the page
+//   exclusive         make_exclusive
+// Rights that only grow (a page becomes writable where it is) need none. Copy on write and merging bracket in place:
+// who has change_entry keeps what it maps, and is told what to map instead.
+//
 // Contents are copied after start has returned, since secondaries may write until then.
 //
 // Errors: every function allocates all it needs before it changes anything. errc::no_memory, and any other error, means
 // that translations, areas and contents are as before. (Pages that were faulted in on the way stay in.)
 //
-// Limits: 4 KiB pages; addresses below 2^57; swap and frames of a fixed number; no fork, no merging of equal pages.
+// Limits: pages of 4 KiB and 2 MiB; addresses below 2^57; swap, frames and device pages of a fixed number; memory is
+// private (no files, nothing shared for writing). swap_out and migrate of a page that is shared give this address space
+// a page of its own, and free nothing.
 
-#include <atomic>
-#include <concepts>
 #include <cstddef>
 #include <cstdint>
-#include <mutex>
+#include <functional>
 #include <shared_mutex>
 #include <span>
 
@@ -43,84 +57,46 @@
 #include <mmunotify/base/range.hpp>
 #include <mmunotify/notifier/address_space.hpp>
 #include <mmunotify/primary/area_list.hpp>
-#include <mmunotify/primary/detail/bracketed_memory.hpp>
-#include <mmunotify/primary/frame_access.hpp>
+#include <mmunotify/primary/detail/accessed_memory.hpp>
+#include <mmunotify/primary/detail/device.hpp>
+#include <mmunotify/primary/detail/fork.hpp>
+#include <mmunotify/primary/detail/huge.hpp>
+#include <mmunotify/primary/detail/memory_check.hpp>
+#include <mmunotify/primary/detail/merge.hpp>
+#include <mmunotify/primary/detail/reap.hpp>
+#include <mmunotify/primary/detail/replacements.hpp>
 #include <mmunotify/primary/frame_pool.hpp>
 #include <mmunotify/primary/paged_memory.hpp>
+#include <mmunotify/primary/physical_memory.hpp>
 #include <mmunotify/primary/statistics.hpp>
 #include <mmunotify/primary/tables_lock.hpp>
 
 MMUNOTIFY_BEGIN_NAMESPACE
 
-/// Whether anybody, primary or secondary, has accessed a range.
-struct young_answer {
-  errc error = errc::ok;
-  bool young = false;
-
-  constexpr explicit operator bool() const noexcept { return young; }
-};
-
 template <notifying_space Space = address_space<arming::under<std::shared_mutex>>>
-class reference_mmu {
- public:
-  using space_type = Space;
+class reference_mmu : public detail::accessed_memory<Space> {
+  using base = detail::accessed_memory<Space>;
+  using base::core_, base::lock_, base::memory_;
 
-  /// An empty address space over `frames` frames of memory and `swap_slots` pages of swap. When memory for them cannot
-  /// be had, there are none, and what needs one answers errc::no_memory.
-  reference_mmu(std::size_t frames, std::size_t swap_slots) noexcept : core_(frames, swap_slots) {}
+ public:
+  /// An empty address space over memory of its own. When memory for it cannot be had, there is none, and what needs
+  /// some answers errc::no_memory.
+  reference_mmu(std::size_t frames, std::size_t swap_slots, std::size_t device_pages = 0) noexcept
+      : base(frames, swap_slots, device_pages) {}
   explicit reference_mmu(std::size_t frames) noexcept : reference_mmu(frames, frames) {}
+  /// An empty address space over memory that others use as well. Preconditions: it outlives this object.
+  explicit reference_mmu(physical_memory& shared) noexcept : base(shared) {}
   reference_mmu(const reference_mmu&) = delete;
   reference_mmu& operator=(const reference_mmu&) = delete;
-  /// Effects: exit(). Preconditions: nobody is inside; no frame is on loan (checked always).
+  /// Effects: exit(). Preconditions: nobody is inside; no frame of this object is on loan (checked always).
   ~reference_mmu() {
     static_cast<void>(exit());
-    if (memory_.frames().free_count() != memory_.frames().size()) {
-      detail::violated("K4", "reference_mmu::~reference_mmu", "%zu frames are still on loan",
-                       memory_.frames().size() - memory_.frames().free_count());
+    const primary_statistics s = statistics();
+    if (s.pins != s.unpins) {
+      detail::violated("K4", "reference_mmu::~reference_mmu", "%llu frames were lent, and %llu were given back",
+                       static_cast<unsigned long long>(s.pins), static_cast<unsigned long long>(s.unpins));
     }
   }
-
-  // --- For secondaries, and who registers them. ---------------------------------------------------------------------
-
-  /// The address space whose brackets this primary runs.
-  Space& space() noexcept { return core_.space; }
-  /// The lock under which it runs them. Calls of this class must not be made while it is held.
-  std::shared_mutex& tables() noexcept { return lock_.mutex(); }
-  /// tables(), exclusive: the witness that register_subscriber wants. Unlike a plain lock it is not starved by faults.
-  [[nodiscard]] std::unique_lock<std::shared_mutex> lock_tables() noexcept { return lock_.witness(); }
-
-  /// Effects: faults the page in if need be, takes one reference, marks the page young.
-  /// Returns: a lease; `writable` says that the area allows writes now.
-  /// Errors: not_mapped, access_denied, no_memory, released, bad_range (beyond the address limit), would_deadlock.
-  /// Progress: blocking. Context: may sleep; without the secondary's own lock; not in a callback.
-  frame_lease pin(hva a, bool write) noexcept {
-    const tables_lock::shared in{lock_};
-    if (const errc e = core_.admitted(in); e != errc::ok) return {.error = e};
-    frame_lease lease;
-    lease.error = memory_.with_page(static_cast<std::uintptr_t>(a.value), write, [&](pfn f, protection allows) {
-      memory_.frames().pin(f);
-      lease.frame = f;
-      lease.writable = allows == protection::read_write;
-      return errc::ok;
-    });
-    if (lease) memory_.counters().add(counter::pins);
-    return lease;
-  }
-
-  /// Effects: gives one reference back. Preconditions: pin() lent it (checked as far as a count can).
-  /// Progress: takes the pool's short lock when the frame is freed. Context: any, callbacks and release hooks included.
-  void unpin(pfn f) noexcept {
-    if (!memory_.frames().unpin(f)) {
-      detail::violated("K4", "reference_mmu::unpin", "frame %llu is not on loan",
-                       static_cast<unsigned long long>(f.value));
-      return;
-    }
-    memory_.counters().add(counter::unpins);
-  }
-
-  /// The frame's 4 KiB; word_at, load_bytes and store_bytes access them. Stable while the frame is pinned, or mapped
-  /// under the notifier's protection. Preconditions: f came from pin(). Progress: wait-free. Context: any.
-  std::byte* data(pfn f) noexcept { return memory_.frames().data(f); }
 
   // --- Areas. Each: Context: may sleep (callbacks do); not in a callback; without locks that callbacks take. ---------
 
@@ -136,6 +112,20 @@ class reference_mmu {
     if (!memory_.areas().replaced(r, {&made, 1}, next)) return errc::no_memory;
     memory_.areas().swap(next);
     return errc::ok;
+  }
+
+  /// Effects: the same with huge pages, all of them there at once, filled with zeros.
+  /// Errors: as map; bad_range also if r is not aligned to 2 MiB, no_memory if there are not enough blocks of frames.
+  errc map_huge(range r, protection allows) noexcept {
+    const tables_lock::exclusive in{lock_};
+    if (const errc e = core_.admitted(in, r); e != errc::ok) return e;
+    if (r.first % page_table::block_size != 0 || r.last % page_table::block_size != 0) return errc::bad_range;
+    if (allows > protection::read_write) return errc::access_denied;
+    if (memory_.areas().overlaps(r)) return errc::overlap;
+    area_list next;
+    const area made{r, allows};
+    if (!memory_.areas().replaced(r, {&made, 1}, next)) return errc::no_memory;
+    return detail::map_blocks(memory_, r, allows, next);
   }
 
   /// Effects: takes away what is mapped in r, in one bracket over r with event::unmap; areas are split where needed.
@@ -161,17 +151,26 @@ class reference_mmu {
     if (allows > protection::read_write) return errc::access_denied;
     if (!memory_.areas().covers(r)) return errc::not_mapped;
     area_list next;
-    const area made{r, allows};
-    if (!memory_.areas().replaced(r, {&made, 1}, next)) return errc::no_memory;
-    core_.change(r, event::protection_vma, nullptr, [&](frame_chain&) { memory_.areas().swap(next); });
+    if (!memory_.areas().changed(
+            r, [allows](area& a) { a.allows = allows; }, next))
+      return errc::no_memory;
+    core_.split_edges(r);
+    core_.change(r, event::protection_vma, nullptr, [&](withdrawn_pages&) {
+      memory_.areas().swap(next);
+      if (allows == protection::read_write) {
+        memory_.allow_writes(r);
+      } else {
+        memory_.write_protect(r);
+      }
+    });
     return errc::ok;
   }
 
   /// Effects: pages and areas of `old` move to [to, to + size), frames and contents unchanged, as mremap with a fixed
-  /// destination does. What was mapped there is destroyed, in a bracket of its own over the destination with
-  /// event::unmap; then the move itself in a bracket over `old` with event::unmap.
-  /// Errors: bad_range (either range), not_mapped (some of `old` is not), overlap (of the two), no_memory, released,
-  /// would_deadlock.
+  /// destination does; huge pages stay huge if the distance is a multiple of 2 MiB. At `to` they are soft-dirty. What
+  /// was mapped there is destroyed, in a bracket of its own over the destination with event::unmap; then the move
+  /// itself in a bracket over `old` with event::unmap. Errors: bad_range (either range), not_mapped (some of `old` is
+  /// not), overlap (of the two), no_memory, released, would_deadlock.
   errc move(range old, std::uintptr_t to) noexcept {
     const tables_lock::exclusive in{lock_};
     if (const errc e = core_.admitted(in, old); e != errc::ok) return e;
@@ -187,7 +186,8 @@ class reference_mmu {
       return errc::no_memory;
     }
     if (memory_.areas().overlaps(target)) core_.destroy(target, cleared);
-    core_.change(old, event::unmap, nullptr, [&](frame_chain&) {
+    core_.split_edges(old);
+    core_.change(old, event::unmap, nullptr, [&](withdrawn_pages&) {
       memory_.move_entries(old, to);
       memory_.areas().swap(next);
     });
@@ -195,77 +195,123 @@ class reference_mmu {
     return errc::ok;
   }
 
-  // --- Pages. Each: Context: as for areas. They run beside each other, and beside faults. ----------------------------
+  /// Effects: `child` gets the areas and pages of this address space, shared until one of the two writes. The areas
+  /// that have pages are bracketed here with event::protection_page. Pages that may be written through a loan, and
+  /// those in a device's memory, are copied for the child at once. Errors: access_denied (the child uses other memory),
+  /// overlap (it has areas), no_memory, released (either), would_deadlock (also if it is this one).
+  errc fork(reference_mmu& child) noexcept {
+    const bool before = std::less<>{}(this, &child);
+    const tables_lock::exclusive first{before ? lock_ : child.lock_};
+    const tables_lock::exclusive second{before ? child.lock_ : lock_};
+    if (const errc e = core_.admitted(before ? first : second); e != errc::ok) return e;
+    if (const errc e = child.core_.admitted(before ? second : first); e != errc::ok) return e;
+    if (&memory_.physical() != &child.memory_.physical()) return errc::access_denied;
+    return detail::forking{core_, child.core_}.run();
+  }
+
+  /// Effects: r counts as clean from here on, in one bracket over r with event::soft_dirty; its pages are
+  /// write-protected, so that the first write of anybody is a fault. Errors: bad_range, not_mapped (nothing in r is),
+  /// no_memory, released, would_deadlock.
+  errc clear_soft_dirty(range r) noexcept {
+    const tables_lock::exclusive in{lock_};
+    if (const errc e = core_.admitted(in, r); e != errc::ok) return e;
+    if (!memory_.areas().overlaps(r)) return errc::not_mapped;
+    area_list next;
+    if (!memory_.areas().changed(
+            r, [](area& a) { a.soft_dirty = false; }, next))
+      return errc::no_memory;
+    core_.split_edges(r);
+    core_.change(r, event::soft_dirty, nullptr, [&](withdrawn_pages&) {
+      if constexpr (!detail::mutated(detail::mutation::soft_dirty_keeps_write)) memory_.write_protect(r, true);
+      memory_.areas().swap(next);
+    });
+    return errc::ok;
+  }
+
+  // --- Pages. Each: Context: as for areas. They run beside each other and beside faults, but for the first two.
+  // -------
+
+  /// Effects: the aligned 2 MiB of r that lie in one area and have pages become huge pages, each in one bracket with
+  /// event::clear: small pages are copied, swapped ones come back, missing ones are zero. Blocks with pages on loan are
+  /// skipped and counted, those with pages that a device has are left alone.
+  /// Errors: bad_range, not_mapped (nothing in r is), no_memory (not enough blocks for all), released, would_deadlock.
+  errc collapse(range r) noexcept {
+    const tables_lock::exclusive in{lock_};
+    if (const errc e = core_.admitted(in, r); e != errc::ok) return e;
+    if (!memory_.areas().overlaps(r)) return errc::not_mapped;
+    return detail::collapsing{core_}.run(r);
+  }
+
+  /// Effects: present pages of r that hold the same bytes share one frame, read-only until somebody writes. Of each
+  /// pair both are bracketed, one after the other, with event::clear. Pages on loan are left alone. Pages of this
+  /// address space only. Errors: bad_range, not_mapped (nothing in r is), no_memory, released, would_deadlock. Cost:
+  /// hashes r.
+  merge_answer merge_equal(range r) noexcept {
+    const tables_lock::exclusive in{lock_};
+    if (const errc e = core_.admitted(in, r); e != errc::ok) return {e, 0};
+    if (!memory_.areas().overlaps(r)) return {errc::not_mapped, 0};
+    return detail::merging{core_}.run(r);
+  }
 
   /// Effects: the present pages of r go to the swap store, in one bracket over r with event::clear; none if there are
-  /// none. Pages on loan are skipped and counted. Faults bring the pages back.
+  /// none. Huge pages are split first. Pages on loan are skipped and counted. Faults bring the pages back.
   /// Errors: bad_range, not_mapped (nothing in r is), no_memory (not enough swap for all of them), released,
   /// would_deadlock.
   errc swap_out(range r) noexcept {
-    return replace_pages(r, event::clear, nullptr, memory_.swap(), counter::swapped_out,
-                         [](pfn slot, bool) { return page_entry::swapped_to(slot); });
+    return replace_pages(r, event::clear, nullptr, detail::to_swap(memory_.physical()));
   }
 
   /// Effects: the present pages of r move to fresh frames, in one bracket over r with event::clear, or, when an owner
   /// is named, event::migrate. Pages on loan are skipped and counted. Errors: as swap_out (not enough frames).
   errc migrate(range r, const void* owner = nullptr) noexcept {
-    return replace_pages(r, owner == nullptr ? event::clear : event::migrate, owner, memory_.frames(),
-                         counter::migrated, [](pfn f, bool young) { return page_entry::mapping(f, young); });
+    return replace_pages(r, owner == nullptr ? event::clear : event::migrate, owner,
+                         detail::to_other_frames(memory_.physical()));
   }
 
-  /// Effects: clears "accessed" for r here and in every secondary, without a flush there.
-  /// Returns: whether any page was young anywhere. Errors: bad_range, not_mapped, released, would_deadlock.
-  young_answer clear_young(range r) noexcept {
-    return ask_young(r, true, [&] { return core_.space.clear_young(r); });
-  }
-  /// The same, and secondaries flush.
-  young_answer clear_flush_young(range r) noexcept {
-    return ask_young(r, true, [&] { return core_.space.clear_flush_young(r); });
-  }
-  /// Returns: whether any page of r is young anywhere; secondaries are asked only if none is here. Errors: as above.
-  young_answer test_young(range r) noexcept {
-    return ask_young(r, false, [&] { return core_.space.test_young(r); });
+  /// Effects: the present pages of r move to the device's memory and are the owner's, in one bracket over r with
+  /// event::migrate and the owner, who need not listen to it if he has let go of them himself. An access by the
+  /// processor brings a page back, in a bracket of its own with event::migrate and no owner: to that one the owner has
+  /// to listen. Errors: as swap_out (not enough device pages); access_denied: the owner is null.
+  errc migrate_to_device(range r, const void* owner) noexcept {
+    if (owner == nullptr) return errc::access_denied;
+    return replace_pages(r, event::migrate, owner, detail::to_device(memory_.physical(), owner));
   }
 
-  // --- Access by the primary itself. Each faults pages in and marks them young. Context: as pin(). -------------------
-
-  /// Effects: copies out.size() bytes from a. Each aligned 8-byte word is one that was there; nothing orders words.
-  /// Errors: bad_range (wraps, or beyond the address limit), not_mapped, access_denied, no_memory, released,
-  /// would_deadlock; `out` is then untouched.
-  errc read(std::uintptr_t a, std::span<std::byte> out) noexcept {
-    return transfer(a, out.size(), false, [&](std::byte* frame, std::size_t done, std::size_t n) {
-      load_bytes(out.data() + done, frame, n);
-    });
+  /// Effects: the owner gives its device pages in r back, in one bracket over r with event::migrate and the owner.
+  /// Errors: as migrate_to_device (not enough frames).
+  errc migrate_to_system(range r, const void* owner) noexcept {
+    if (owner == nullptr) return errc::access_denied;
+    return replace_pages(r, event::migrate, owner, detail::to_system(memory_.physical(), owner));
   }
 
-  /// Effects: copies in.size() bytes to a. Errors: as read(); nothing is written then.
-  errc write(std::uintptr_t a, std::span<const std::byte> in) noexcept {
-    return transfer(a, in.size(), true, [&](std::byte* frame, std::size_t done, std::size_t n) {
-      store_bytes(frame, in.data() + done, n);
-    });
+  /// Effects: the pages of r are faulted in for writing; then, in one bracket over r with event::exclusive and the
+  /// owner, they become the owner's alone. An access by the processor takes a page back, in a bracket of its own with
+  /// event::clear. Pages on loan are skipped and counted; find_owned says which the owner has.
+  /// Errors: bad_range, not_mapped, access_denied (some of r may not be written, or the owner is null), no_memory,
+  /// released, would_deadlock.
+  errc make_exclusive(range r, const void* owner) noexcept {
+    const tables_lock::shared in{lock_};
+    if (const errc e = core_.admitted(in, r); e != errc::ok) return e;
+    return owner == nullptr ? errc::access_denied : detail::make_exclusive(core_, r, owner);
   }
 
-  /// Effects: one atomic acquire load of 4 or 8 bytes. Errors: as read(); bad_range also if a is not aligned.
-  template <frame_word Word>
-  errc load(hva a, Word& value) noexcept {
-    return with_word<Word>(a, false, [&](std::atomic_ref<Word> word) {
-      // (rm1) acquire pairs with (rm2).
-      value = word.load(std::memory_order_acquire);
-      return errc::ok;
-    });
+  /// Returns: the page at a, if it is this owner's, on the device or exclusively; for a write it is soft-dirty then.
+  /// Errors: not_mapped (also if it is not the owner's now), access_denied, bad_range, no_memory, released,
+  /// would_deadlock. Progress: blocking. Context: as pin(), and to be used like it: take a window's snapshot before.
+  owned_page find_owned(hva a, const void* owner, bool write) noexcept {
+    const tables_lock::shared in{lock_};
+    if (const errc e = core_.admitted(in); e != errc::ok) return {.error = e};
+    return detail::find_owned(memory_, static_cast<std::uintptr_t>(a.value), owner, write);
   }
 
-  /// Effects: if the word at a is `expected`, it becomes `desired`, atomically, in the frame that is the page at that
-  /// moment: no migration, swap or unmap comes between. Otherwise `expected` becomes what was found.
-  /// Errors: again (it was not `expected`); else as load(), and access_denied if the area does not allow writes.
-  template <frame_word Word>
-  errc compare_exchange(hva a, Word& expected, Word desired) noexcept {
-    return with_word<Word>(a, true, [&](std::atomic_ref<Word> word) {
-      // (rm2) release pairs with (rm1), acquire with (rm2) of others: guest tables are built and linked with these.
-      return word.compare_exchange_strong(expected, desired, std::memory_order_acq_rel, std::memory_order_acquire)
-                 ? errc::ok
-                 : errc::again;
-    });
+  /// Effects: takes the pages of all areas away, and waits for nobody: each area is one bracket that may not block,
+  /// with event::clear. An area that a secondary refuses is left exactly as it is. The areas stay; contents are lost:
+  /// this is for an address space whose user is about to die. Progress: non-blocking. Returns: what was reaped and what
+  /// refused. Errors: again (the tables are in use), released, would_deadlock.
+  reap_answer reap() noexcept {
+    const tables_lock::try_shared in{lock_};
+    if (const errc e = core_.admitted(in); e != errc::ok) return {.error = e};
+    return detail::reap(core_);
   }
 
   // --- The end, and looking inside. ---------------------------------------------------------------------------------
@@ -288,6 +334,8 @@ class reference_mmu {
   const frame_pool& frames() const noexcept { return memory_.frames(); }
   /// The swap store: free_count.
   const frame_pool& swap() const noexcept { return memory_.swap(); }
+  /// All of it, to make other address spaces that share it.
+  physical_memory& memory() noexcept { return memory_.physical(); }
 
   primary_statistics statistics() const noexcept {
     primary_statistics s = memory_.counters().read();
@@ -295,63 +343,43 @@ class reference_mmu {
     return s;
   }
 
-  /// The first broken invariant, or null: areas are sorted and disjoint; each page lies in one; each frame is mapped
-  /// once, or on loan, or free and untouched since; each swap slot is used once or free.
+  /// The first broken invariant as a sentence, or null (detail/memory_check.hpp has them all): of areas, entries, huge
+  /// pages; of counts and the free lists. While others use the memory, their entries may explain higher counts.
   /// Progress: blocking; looks at everything. Context: not in a callback.
   const char* verify() noexcept {
-    const tables_lock::exclusive in{lock_};
-    if (in.error() != errc::ok) return "verify was called inside a callback";
-    return memory_.verify();
+    reference_mmu* const alone[] = {this};
+    return verify(alone);
+  }
+
+  /// The same for address spaces that share memory: all counts are exact if they are all of its users.
+  /// Preconditions: they share it; when there are several, nobody is inside any of them. Context: as verify().
+  static const char* verify(std::span<reference_mmu* const> family) noexcept {
+    if (family.empty()) return nullptr;
+    detail::memory_check check{family.front()->memory_.physical()};
+    for (std::size_t i = 0; i < family.size(); i += 1) {
+      const tables_lock::exclusive in{family[i]->lock_};
+      if (in.error() != errc::ok) return "verify was called inside a callback";
+      if (const char* broken = check.look_at(family[i]->memory_); broken != nullptr) return broken;
+      if (i + 1 != family.size()) continue;
+      if (const char* broken = check.look_at_shared(); broken != nullptr) return broken;
+    }
+    return nullptr;
   }
 
  private:
-  using counter = detail::counter;
-  using core = detail::bracketed_memory<Space>;
-
-  /// swap_out and migrate: the present pages of r go `into` a pool. made(target, was young) is the new entry.
-  template <class Made>
-  errc replace_pages(range r, event why, const void* owner, frame_pool& into, counter counted, Made made) noexcept {
+  /// The pages of r that are wanted are replaced in one bracket.
+  errc replace_pages(range r, event why, const void* owner, const replacement& how) noexcept {
     const tables_lock::shared in{lock_};
     if (const errc e = core_.admitted(in, r); e != errc::ok) return e;
     if (!memory_.areas().overlaps(r)) return errc::not_mapped;
     paged_memory::page_jobs jobs;
-    if (!memory_.plan(r, into, jobs)) return errc::no_memory;
+    if (!memory_.plan(r, how, jobs)) return errc::no_memory;
     if (jobs.empty()) return errc::ok;
-    core_.change(r, why, owner, [&](frame_chain& dying) { memory_.replace(jobs, into, counted, dying, made); });
-    paged_memory::give_back(jobs, into);
+    core_.split_touching(r);
+    core_.change(r, why, owner, [&](withdrawn_pages& gone) { memory_.replace(jobs, how, gone); });
+    paged_memory::give_back(jobs, how.into);
     return errc::ok;
   }
-
-  template <class Ask>
-  young_answer ask_young(const range& r, bool clear, Ask ask) noexcept {
-    const tables_lock::shared in{lock_};
-    if (const errc e = core_.admitted(in, r); e != errc::ok) return {e, false};
-    if (!memory_.areas().overlaps(r)) return {errc::not_mapped, false};
-    const bool here = memory_.young(r, clear);
-    const bool elsewhere = (clear || !here) && ask();  // clearing asks everybody
-    return {errc::ok, here || elsewhere};
-  }
-
-  template <frame_word Word, class Function>
-  errc with_word(hva a, bool write, Function f) noexcept {
-    const tables_lock::shared in{lock_};
-    if (const errc e = core_.admitted(in); e != errc::ok) return e;
-    if (a.value % sizeof(Word) != 0) return errc::bad_range;
-    return memory_.with_page(static_cast<std::uintptr_t>(a.value), write, [&](pfn frame, protection) {
-      return f(word_at<Word>(memory_.frames().data(frame) + a.offset()));
-    });
-  }
-
-  template <class Copy>
-  errc transfer(std::uintptr_t a, std::size_t n, bool write, Copy copy) noexcept {
-    const tables_lock::shared in{lock_};
-    const errc e = core_.admitted(in);
-    return e == errc::ok ? memory_.transfer(a, n, write, copy) : e;
-  }
-
-  core core_;
-  tables_lock& lock_ = core_.lock;
-  paged_memory& memory_ = core_.memory;
 };
 
 static_assert(frame_provider<reference_mmu<>>);

@@ -39,19 +39,29 @@ class tables_lock {
     return l != nullptr;
   }
 
-  enum class mode { shared, exclusive, none };
+  enum class mode { shared, exclusive, none, try_shared };
 
-  /// A scope with the lock; error() is errc::would_deadlock, and nothing is locked, if the thread is inside already.
+  /// A scope with the lock; error() is errc::would_deadlock, and nothing is locked, if the thread is inside already. Of
+  /// try_shared it is errc::again, and nothing is locked, if the lock could not be had at once.
   template <mode Mode>
   class guard {
    public:
     explicit guard(tables_lock& lock) noexcept
         : link_{&lock, innermost}, mutex_(lock.inside() ? nullptr : &lock.mutex_) {
-      if (mutex_ == nullptr) return;
+      if (mutex_ == nullptr) {
+        error_ = errc::would_deadlock;
+        return;
+      }
       if constexpr (Mode == mode::exclusive) {
         lock.gate_.lock(*mutex_);
       } else if constexpr (Mode == mode::shared) {
         lock.gate_.lock_shared(*mutex_);
+      } else if constexpr (Mode == mode::try_shared) {
+        if (!mutex_->try_lock_shared()) {
+          mutex_ = nullptr;
+          error_ = errc::again;
+          return;
+        }
       }
       innermost = &link_;
     }
@@ -62,19 +72,21 @@ class tables_lock {
       innermost = link_.outer;
       if constexpr (Mode == mode::exclusive) {
         mutex_->unlock();
-      } else if constexpr (Mode == mode::shared) {
+      } else if constexpr (Mode != mode::none) {
         mutex_->unlock_shared();
       }
     }
 
-    errc error() const noexcept { return mutex_ != nullptr ? errc::ok : errc::would_deadlock; }
+    errc error() const noexcept { return error_; }
 
    private:
     link link_;
-    std::shared_mutex* mutex_;
+    std::shared_mutex* mutex_;  ///< null: nothing to unlock
+    errc error_ = errc::ok;
   };
   using shared = guard<mode::shared>;
   using exclusive = guard<mode::exclusive>;
+  using try_shared = guard<mode::try_shared>;
   /// Locks nothing, and makes the thread count as inside: for calls out that must not come back.
   using marked = guard<mode::none>;
 

@@ -154,3 +154,18 @@ TEST_CASE("a walk may need more tables than are kept, and gives every pin back")
   }
   CHECK(f.host.on_loan() == 0);
 }
+
+TEST_CASE("entries of four bytes are read and exchanged alone, beside their neighbours in the word") {
+  fixture f;
+  f.word(0x1008) = 0x1111'1111'2222'2222;
+  x86::walked_tables<scripted_host, std::uint32_t> t(f.b);
+  std::uint32_t v = 0;
+  CHECK(t.read_entry({0x100c}, v));
+  CHECK(v == 0x1111'1111);
+  CHECK(t.compare_exchange_entry({0x100c}, 0x2222'2222, 3) == exchange_result::changed);
+  CHECK(t.compare_exchange_entry({0x100c}, 0x1111'1111, 3) == exchange_result::done);
+  CHECK(f.word(0x1008) == 0x0000'0003'2222'2222);
+  CHECK(t.unchanged_locked({{0x100c}, 3}));
+  CHECK(t.unchanged_locked({{0x1008}, 0x2222'2222}));
+  CHECK_FALSE(t.unchanged_locked({{0x1008}, 0x3'2222'2222}));
+}

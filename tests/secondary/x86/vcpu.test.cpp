@@ -245,6 +245,9 @@ TEST_CASE("control registers have their checks and their effects") {
   c.pke = true;
   CHECK(f.cpu.set_registers(c) == errc::access_denied);
   c.pke = false;
+  c.pks = true;
+  CHECK(f.cpu.set_registers(c) == errc::access_denied);
+  c.pks = false;
   c.maxphyaddr = 53;
   CHECK(f.cpu.set_registers(c) == errc::bad_range);
   c.maxphyaddr = 40;

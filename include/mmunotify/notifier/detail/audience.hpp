@@ -287,7 +287,8 @@ class audience {
   /// before. Who leaves is counted before its stamp counts, until it is unlinked.
   template <class Visit>
   [[gnu::always_inline]] void for_each_hearing(std::uint64_t g, Visit visit) {
-    const bool nobody_leaves = leaving_.load(std::memory_order_acquire) == 0;  // (n14) pairs with (n15)
+    // (n14) pairs with (n15)
+    const bool nobody_leaves = leaving_.load(std::memory_order_acquire) == 0 && !mutated(mutation::audience_by_flag);
     auto at = list_.begin();
     if (nobody_leaves && g % 2 == 0 && version_.load(std::memory_order_relaxed) == g) [[likely]] {
       for (; at != nullptr; ++at) {

@@ -72,22 +72,19 @@ class registry : public roster<Key, Platform> {
     if (c.phase != node::live) return wait_until_gone(n);
     if constexpr (!mutated(mutation::unlink_before_release)) run_release_hook(n);
     kill(n);
-    grace_period();
+    if constexpr (!mutated(mutation::no_leaving_grace_period)) grace_period();
     unlink(n);
-    static_cast<void>(discount());
     domain_.synchronize();
     if constexpr (mutated(mutation::unlink_before_release)) run_release_hook(n);
-    finish(n, node::idle);
-    unpin();
+    conclude(n, node::idle);
+    go(1);
     return errc::ok;
   }
 
   /// Effects: the same by callbacks of the domain, of which each waits for a grace period. done(node) may be null.
   errc leave_async(node& n, const void* home, done_hook done) noexcept {
-    const claimed c = claim_release(n, home, node::parting);
-    if (c.error != errc::ok) return c.error;
-    if (c.phase != node::live) return errc::not_registered;  // another thread removes it
-    n.removal_.done = done;
+    const claimed c = claim_release(n, home, node::parting, done);
+    if (c.error != errc::ok || c.phase != node::live) return c.error;
     // Not bounded by a backlog: there are only so many nodes. Of the steps' three grace periods the first is not
     // needed, but the hook must not run in the caller's place, which may hold what it takes.
     return domain_.call_unbounded(n.removal_, [](srcu_head* h) noexcept { step_of(h, &registry::part); });
@@ -100,17 +97,15 @@ class registry : public roster<Key, Platform> {
     node* mine = claim_all();
     for (node* n = mine; n != nullptr; n = n->next_claimed_) kill(*n);
     if (mine != nullptr) grace_period();
-    for (node* n = mine; n != nullptr; n = n->next_claimed_) {
-      unlink(*n);
-      static_cast<void>(discount());
-    }
+    for (node* n = mine; n != nullptr; n = n->next_claimed_) unlink(*n);
     if (mine != nullptr) domain_.synchronize();
-    while (mine != nullptr) {
+    std::uint64_t departed = 0;
+    for (; mine != nullptr; ++departed) {
       node* const n = mine;
       mine = n->next_claimed_;  // read first: a departed node may be gone at once
-      finish(*n, node::departed);
+      conclude(*n, node::departed);
     }
-    unpin();
+    go(departed);
     return errc::ok;
   }
 
@@ -131,6 +126,7 @@ class registry : public roster<Key, Platform> {
       violated("L7", "address_space::barrier", "called where removals end: it would wait for itself");
       return errc::would_deadlock;
     }
+    wait_for_zero(adopted_);
     for (int step = 0; step < 4; ++step) domain_.barrier();  // a removal's last step comes out of its third
     return errc::ok;
   }
@@ -138,12 +134,13 @@ class registry : public roster<Key, Platform> {
  private:
   struct claimed {
     errc error;           ///< ok: `phase` says what the node was found in
-    std::uint32_t phase;  ///< live: it is leaving now, by us, and the registry is pinned
+    std::uint32_t phase;  ///< live: it is leaving now, by us, and the registry is pinned for us
   };
 
   /// One winner (L4), who takes a live node to the phase `to`. Under the writers' mutex nothing moves that identifies a
-  /// registration: a node that is linked here cannot leave, and so cannot be linked elsewhere.
-  claimed claim_release(node& n, const void* home, std::uint32_t to) noexcept {
+  /// registration: a node that is linked here cannot leave, and so cannot be linked elsewhere. An asynchronous removal
+  /// that finds the node leaving is adopted by whoever removes it.
+  claimed claim_release(node& n, const void* home, std::uint32_t to, done_hook done = nullptr) noexcept {
     const std::lock_guard lock(writers_);
     if (n.where_.load(std::memory_order_relaxed) != this) return {errc::again, 0};
     if (n.home_.load(std::memory_order_relaxed) != home) return {errc::not_registered, 0};
@@ -156,11 +153,20 @@ class registry : public roster<Key, Platform> {
         return {errc::would_deadlock, phase};
       }
     }
-    if (phase == node::live) {
-      n.phase_.store(to, std::memory_order_relaxed);
-      if (to == node::parting) n.removal_.node = &n;
+    if (to == node::parting) {
+      if (n.removal_.node != nullptr || n.removal_.adopted) return {errc::not_registered, phase};
+      n.removal_.done = done;
+      n.removal_.node = phase == node::live ? &n : nullptr;
+      n.removal_.adopted = phase != node::live;
+      if (n.removal_.adopted) {
+        ++count_;  // the space stays armed until done() has returned
+        adopted_.fetch_add(1, std::memory_order_relaxed);
+      }
+      pin_locked();
+    } else if (phase == node::live) {
       pin_locked();
     }
+    if (phase == node::live) n.phase_.store(to, std::memory_order_relaxed);
     return {errc::ok, phase};
   }
 
@@ -199,7 +205,7 @@ class registry : public roster<Key, Platform> {
   }
   void finish_parting(node& n) noexcept {
     const done_hook done = n.removal_.done;
-    finish(n, node::idle);
+    static_cast<void>(finish(n, node::idle));
     if (done != nullptr) done(n);
     // A bracket may have loaded the address of this registry just before the space was disarmed.
     if (discount() && hooks_->emptied != nullptr) {
@@ -210,14 +216,34 @@ class registry : public roster<Key, Platform> {
     }
   }
 
-  /// Registrations that began before the release become live, so that their hooks run. They wait for brackets only.
-  void wait_for_joiners() noexcept {
-    // (n6) acquire pairs with (n5).
-    for (std::uint32_t n = joining_.load(std::memory_order_acquire); n != 0;
-         n = joining_.load(std::memory_order_acquire)) {  // (n6)
-      Platform::wait(joining_, n);
+  /// The end of a removal that waited: the node is free, or is handed to the asynchronous removal that was adopted.
+  void conclude(node& n, std::uint32_t phase) noexcept {
+    if (finish(n, phase)) return;
+    static_cast<void>(
+        domain_.call_unbounded(n.removal_, [](srcu_head* h) noexcept { step_of(h, &registry::finish_parting); }));
+    // (n16) release pairs with (n17): who sees the count fall has its barrier behind the callback.
+    if (adopted_.fetch_sub(1, std::memory_order_release) == 1) Platform::wake(adopted_);
+  }
+
+  /// As many nodes as that are gone, and so is whoever removed them.
+  void go(std::uint64_t nodes) {
+    bool last = false;
+    for (; nodes != 0; --nodes) last = discount();
+    // A bracket may have loaded the address of this registry just before the space was disarmed.
+    if (last && hooks_->emptied != nullptr) domain_.synchronize();
+    unpin();
+  }
+
+  static void wait_for_zero(const std::atomic<std::uint32_t>& count) noexcept {
+    // (n6) acquire pairs with (n5); (n17) acquire pairs with (n16).
+    for (std::uint32_t n = count.load(std::memory_order_acquire); n != 0;
+         n = count.load(std::memory_order_acquire)) {  // (n6), (n17)
+      Platform::wait(count, n);
     }
   }
+
+  /// Registrations that began before the release become live, so that their hooks run. They wait for brackets only.
+  void wait_for_joiners() noexcept { wait_for_zero(joining_); }
 
   /// Runs the hooks of all live nodes, and of those that callbacks are to remove; waits for the hooks that others run.
   /// The section keeps the nodes linked; the others' hooks do not wait for it. Returns: those to remove.
@@ -268,6 +294,7 @@ class registry : public roster<Key, Platform> {
     registry* home;
   };
 
+  std::atomic<std::uint32_t> adopted_{0};  ///< asynchronous removals that wait for one that waits
   emptying emptying_{this};
 };
 

@@ -82,7 +82,7 @@ class roster : public audience<Key, Platform> {
     n.born_.store(next, std::memory_order_relaxed);
     if (n.operations_->end != nullptr) enders_.fetch_add(1, std::memory_order_relaxed);
     // R3. Relaxed: who finds the node at the head, which push_front stores with release, finds this, too.
-    version_.store(next - 1, std::memory_order_relaxed);
+    if constexpr (!mutated(mutation::version_never_odd)) version_.store(next - 1, std::memory_order_relaxed);
     static_cast<void>(list_.push_front(n));  // cannot fail: the claim made the node ours
     ++count_;
     n.where_.store(static_cast<registry<Key, Platform>*>(this), std::memory_order_release);  // (n7) pairs with (n8)
@@ -162,8 +162,9 @@ class roster : public audience<Key, Platform> {
     const std::lock_guard lock(writers_);
     const std::uint64_t next = version_.load(std::memory_order_relaxed) + 2;
     n.dead_.store(next, std::memory_order_relaxed);
-    leaving_.fetch_add(1, std::memory_order_relaxed);  // R3; who reads the version finds it
-    version_.store(next, std::memory_order_release);   // (n1) pairs with (n2)
+    // R3. Relaxed: who reads the version finds it.
+    if constexpr (!mutated(mutation::leaving_not_counted)) leaving_.fetch_add(1, std::memory_order_relaxed);
+    version_.store(next, std::memory_order_release);  // (n1) pairs with (n2)
   }
 
   void unlink(node& n) {
@@ -172,8 +173,8 @@ class roster : public audience<Key, Platform> {
       const section s(domain_);
       list_.sweep(s);
     }
-    leaving_.fetch_sub(1,
-                       std::memory_order_release);  // (n15) pairs with (n14): who finds it gone does not reach the node
+    // (n15) pairs with (n14): who finds it gone does not reach the node.
+    if constexpr (!mutated(mutation::leaving_not_counted)) leaving_.fetch_sub(1, std::memory_order_release);
   }
 
   /// Returns: true if it was the last one, and the space is disarmed.
@@ -184,16 +185,23 @@ class roster : public audience<Key, Platform> {
     return true;
   }
 
-  void finish(node& n, std::uint32_t phase) noexcept {
-    list_.retire(n);
+  /// Returns: false if an asynchronous removal has to end it: then that is what the node is in now.
+  [[nodiscard]] bool finish(node& n, std::uint32_t phase) noexcept {
     const auto& word = n.phase_;
     {
       const std::lock_guard lock(writers_);
+      if (n.removal_.adopted) {
+        n.removal_.adopted = false;
+        n.removal_.node = &n;
+        return false;
+      }
+      list_.retire(n);
       n.removal_.node = nullptr;
       n.where_.store(nullptr, std::memory_order_relaxed);
       n.phase_.store(phase, std::memory_order_release);  // (n3) pairs with (n4)
     }
     Platform::wake(word);  // by address only: the node may already be gone
+    return true;
   }
 
   void unpin() noexcept {

@@ -87,7 +87,8 @@ class tracked_gate {
       }
       registry_.link_locked(n);
     }
-    registry_.grace_period();  // P7: every bracket that may have missed the node is over
+    // P7: every bracket that may have missed the node is over.
+    if constexpr (!mutated(mutation::no_arming_grace_period)) registry_.grace_period();
     registry_.replay(n, existing);
     registry_.settle(n);
     return errc::ok;
@@ -119,8 +120,8 @@ class tracked_gate {
     return registry_.release_all();
   }
 
-  /// Returns: true inside a callback or a bracket of this thread.
-  bool held_by_this_thread() noexcept { return registry_.domain().held_by_this_thread(); }
+  /// Returns: false if this thread is in no callback and no bracket.
+  bool may_be_inside() noexcept { return registry_.domain().held_by_this_thread(); }
 
   /// Inside a section it is not taken: its owner may wait for this section.
   std::unique_lock<typename Platform::mutex> sharing(errc& e) noexcept {

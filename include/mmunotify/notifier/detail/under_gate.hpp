@@ -176,10 +176,10 @@ class under_gate {
     }
   }
 
-  /// Returns: true inside a callback or an armed bracket of this thread.
-  bool held_by_this_thread() const noexcept {
+  /// Returns: false if this thread is certainly in no callback and no armed bracket: the space may just be disarmed.
+  bool may_be_inside() const noexcept {
     entry* const r = named();
-    return r != nullptr && r->domain().held_by_this_thread();
+    return r == nullptr || r->domain().held_by_this_thread();
   }
 
   /// The witness of the registration excludes others.

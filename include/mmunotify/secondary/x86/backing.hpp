@@ -15,6 +15,7 @@
 
 #include <array>
 #include <atomic>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -128,8 +129,8 @@ class pinned_frame {
   bool written_ = false;
 };
 
-/// Guest memory as the walker wants it; keeps every table of the walk pinned until it ends.
-template <frame_provider Provider>
+/// Guest memory as the walker wants it; keeps every table of the walk pinned until it ends. Entry: that of the mode.
+template <frame_provider Provider, std::unsigned_integral Entry = std::uint64_t>
 class walked_tables {
  public:
   explicit walked_tables(backing<Provider>& b) noexcept : backing_(b) {}
@@ -138,7 +139,7 @@ class walked_tables {
   errc error() const noexcept { return error_; }
 
   /// Context: without the MMU lock.
-  bool read_entry(gpa where, std::uint64_t& value) noexcept {
+  bool read_entry(gpa where, Entry& value) noexcept {
     pinned_frame<Provider>* const f = table(frame_of(where));
     if (f == nullptr) return false;
     value = word(*f, where).load(std::memory_order_acquire);  // (bk2) pairs with (bk1)
@@ -146,7 +147,7 @@ class walked_tables {
   }
 
   /// Context: without the MMU lock, which it takes.
-  exchange_result compare_exchange_entry(gpa where, std::uint64_t expected, std::uint64_t desired) noexcept {
+  exchange_result compare_exchange_entry(gpa where, Entry expected, Entry desired) noexcept {
     pinned_frame<Provider>* const f = table(frame_of(where));
     if (f == nullptr) return exchange_result::failed;
     if (!f->for_write()) {
@@ -171,8 +172,8 @@ class walked_tables {
  private:
   static constexpr std::size_t capacity = 6;
 
-  static std::atomic_ref<std::uint64_t> word(const pinned_frame<Provider>& f, gpa where) noexcept {
-    return std::atomic_ref<std::uint64_t>(*reinterpret_cast<std::uint64_t*>(f.data() + where.offset()));
+  static std::atomic_ref<Entry> word(const pinned_frame<Provider>& f, gpa where) noexcept {
+    return std::atomic_ref<Entry>(*reinterpret_cast<Entry*>(f.data() + where.offset()));
   }
 
   pinned_frame<Provider>* find(gfn frame) noexcept {

@@ -6,7 +6,7 @@
 // One paging mode is one policy type (concept paging_mode): its entry type, its number of levels, and how an entry
 // of a level is read. The walker and the shadow MMU are templates over that policy, so that a mode with another entry
 // size (two levels of 4-byte entries) or an odd top level (PAE) is a further policy and not a further walker.
-// Shipped: long_mode_4 and long_mode_5.
+// Here: long_mode_4 and long_mode_5; two_level.hpp, pae.hpp and no_paging.hpp have the others.
 //
 // Levels count from the bottom: 1 is the page table, 2 the page directory, 3 the PDPT, 4 the PML4, 5 the PML5.
 //
@@ -79,7 +79,7 @@ struct fault_code {
   static constexpr std::uint32_t user = 4;             ///< U: the access was a user-mode one
   static constexpr std::uint32_t reserved = 8;         ///< RSVD: a reserved bit was set
   static constexpr std::uint32_t fetch = 16;           ///< I: instruction fetch, while SMEP or NX can forbid one
-  static constexpr std::uint32_t protection_key = 32;  ///< PK: PKRU forbids the access
+  static constexpr std::uint32_t protection_key = 32;  ///< PK: the rights of the page's key forbid the access
 
   std::uint32_t bits = 0;
 
@@ -94,11 +94,15 @@ struct entry_format {
   bool pse = true;           ///< CR4.PSE; means something in two-level paging only
   bool gib_pages = true;     ///< the processor has 1 GiB pages
   bool amd = false;          ///< an AMD processor: bit 8 of a PML4E (and PML5E) must be zero
+  unsigned pse36_bits = 40;  ///< physical-address width of 4 MiB pages, 32 (no PSE-36) to 40
 };
 
 /// A paging mode.
 ///   entry_type            std::uint32_t or std::uint64_t
 ///   levels                the number of the root level
+///   address_bits          how many bits of a linear address are used; those above are checked or ignored
+///   top_in_registers      the root level is four registers (walk_context::pdptes) and no table
+///   has_keys              leaves have a protection key
 ///   page_shift(l)         log2 of what one entry of level l covers
 ///   canonical(a)          may a be used at all; otherwise the access raises #GP and not #PF
 ///   root(cr3)             the root table
@@ -116,6 +120,8 @@ template <class M>
 concept paging_mode = requires(gva a, std::uint64_t cr3, typename M::entry_type e, unsigned l, const entry_format& f) {
   requires std::same_as<typename M::entry_type, std::uint32_t> || std::same_as<typename M::entry_type, std::uint64_t>;
   requires M::levels >= 2 && M::levels <= 5;
+  requires M::address_bits >= 32 && M::address_bits <= 57;
+  requires std::same_as<decltype(M::top_in_registers), const bool> && std::same_as<decltype(M::has_keys), const bool>;
   { M::page_shift(l) } noexcept -> std::same_as<unsigned>;
   { M::canonical(a) } noexcept -> std::same_as<bool>;
   { M::root(cr3) } noexcept -> std::same_as<gpa>;
@@ -137,6 +143,8 @@ struct long_mode {
   using entry_type = std::uint64_t;
   static constexpr unsigned levels = Levels;
   static constexpr unsigned address_bits = 12 + 9 * Levels;
+  static constexpr bool top_in_registers = false;
+  static constexpr bool has_keys = true;
 
   static constexpr unsigned page_shift(unsigned level) noexcept { return 12 + 9 * (level - 1); }
 

@@ -20,7 +20,7 @@
 //   CPL, EFLAGS.AC            nothing: rights are judged at each access
 //
 // Context: every member is for the thread that runs the vCPU, outside callbacks and guest mode.
-// Limits: no protection keys (CR4.PKE is refused).
+// Limits: no protection keys (CR4.PKE and CR4.PKS are refused).
 
 #include <concepts>
 #include <cstddef>
@@ -96,7 +96,7 @@ class vcpu {
   /// Effects: all registers at once. Errors: access_denied (protection keys), bad_range (CR3, CPL, or the processor's
   /// physical-address width is not 32 to 52); nothing is changed then.
   errc set_registers(const walk_context& c) noexcept {
-    if (c.pke) return errc::access_denied;
+    if (c.pke || c.pks) return errc::access_denied;
     if (c.maxphyaddr < 32 || c.maxphyaddr > 52 || c.cpl > 3) return errc::bad_range;
     if ((c.cr3 & bit_range(c.maxphyaddr, 63)) != 0) return errc::bad_range;
     state_.context = c;
