@@ -16,7 +16,8 @@
 //   wp                        CR0.WP: with WP=0 the supervisor's writes make leaves that no guest entry grants
 //   smep, smap without wp     with WP=1 both are judged at the access and the tables do not know of them; with WP=0
 //                             they decide what such a leaf may be
-//   nxe, and the processor    which bits are reserved: EFER.NXE, CR4.PSE, the address width (with 4-byte entries that of
+//   nxe, and the processor    which bits are reserved: EFER.NXE, CR4.PSE, the address width (with 4-byte entries that
+//   of
 //                             4 MiB pages, the only one that shows), 1 GiB pages, AMD. Two
 //                             vCPUs of different processors do not share tables.
 //   invalid                   the page is on its way out; it fits nowhere
