@@ -28,6 +28,9 @@
 #include <mmunotify/notifier/shared_subscription.hpp>
 #include <mmunotify/notifier/subscription.hpp>
 
+#include <mmunotify/interval/interval_invalidation.hpp>
+#include <mmunotify/interval/interval_notifier.hpp>
+
 #include <mmunotify/primary/reference_mmu.hpp>
 
 #include <mmunotify/secondary/x86/control_registers.hpp>
