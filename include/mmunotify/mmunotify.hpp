@@ -34,6 +34,8 @@
 #include <mmunotify/primary/reference_mmu.hpp>
 
 #include <mmunotify/secondary/x86/control_registers.hpp>
+#include <mmunotify/secondary/x86/direct_mmu.hpp>
+#include <mmunotify/secondary/x86/direct_vcpu.hpp>
 #include <mmunotify/secondary/x86/guest_walker.hpp>
 #include <mmunotify/secondary/x86/shadow_mmu.hpp>
 #include <mmunotify/secondary/x86/vcpu.hpp>

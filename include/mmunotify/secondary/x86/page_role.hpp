@@ -16,7 +16,9 @@
 //   wp                        CR0.WP: with WP=0 the supervisor's writes make leaves that no guest entry grants
 //   smep, smap without wp     with WP=1 both are judged at the access and the tables do not know of them; with WP=0
 //                             they decide what such a leaf may be
-//   nxe, and the processor    which bits are reserved: EFER.NXE, CR4.PSE, physical-address width, 1 GiB pages, AMD. Two
+//   nxe, and the processor    which bits are reserved: EFER.NXE, CR4.PSE, the address width (with 4-byte entries that
+//   of
+//                             4 MiB pages, the only one that shows), 1 GiB pages, AMD. Two
 //                             vCPUs of different processors do not share tables.
 //   invalid                   the page is on its way out; it fits nowhere
 //
@@ -57,7 +59,7 @@ class page_role {
         .with(pse_at, c.pse && format == table_format::four_byte)
         .with(gib_at, c.gib_pages)
         .with(amd_at, c.amd)
-        .put(width_at, 5, c.maxphyaddr - 32);
+        .put(width_at, 5, (format == table_format::four_byte ? c.pse36_bits : c.maxphyaddr) - 32);
   }
 
   constexpr unsigned level() const noexcept { return get(level_at, 3); }
