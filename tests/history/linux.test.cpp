@@ -12,6 +12,7 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <shared_mutex>
 #include <string>
@@ -20,6 +21,7 @@
 
 #include <doctest/doctest.h>
 
+#include <mmunotify/interval/interval_notifier.hpp>
 #include <mmunotify/notifier/address_space.hpp>
 #include <mmunotify/notifier/invalidation_window.hpp>
 #include <mmunotify/primary/reference_mmu.hpp>
@@ -228,6 +230,84 @@ TEST_CASE("K2: 2021: slots come, move and go between start and end, and the brac
       }
     }
   }
+}
+
+// 2022: an interval that is inserted while a bracket keeps the tree frozen is put off until the bracket ends; removed
+// before that, it could be inserted after its removal, or be used by the end that inserts it when its owner has freed
+// it. Here an insertion is never put off. Seen failing with interval_roster::remove_async telling its owner at once.
+TEST_CASE("L1: 2022: an interval that comes and goes while a bracket is open is not called, and is free") {
+  struct driver {
+    std::atomic<int> calls{0};
+    void invalidate_range_start(const invalidation&) noexcept { calls.fetch_add(1); }
+    void invalidate_range_end(const invalidation&) noexcept { calls.fetch_add(1); }
+  };
+  tracked_space space;
+  driver old_driver;
+  interval_notifier<driver> old_interval{old_driver};
+  REQUIRE(space.insert(old_interval, pages_at(0, 8)) == errc::ok);
+  std::atomic<bool> open{false};
+  std::atomic<bool> end{false};
+  std::thread primary([&] {
+    const auto bracket = space.invalidate(pages_at(3, 2), event::unmap);
+    open.store(true);
+    wait_for(end);
+  });
+  wait_for(open);
+  CHECK(old_driver.calls.load() == 1);
+
+  static std::atomic<bool> freed;
+  freed.store(false);
+  {
+    driver young;
+    auto interval = std::make_unique<interval_notifier<driver>>(young);
+    REQUIRE(space.insert(*interval, pages_at(4, 1)) == errc::ok);  // the bracket overlaps it
+    REQUIRE(space.remove_async(*interval, [](auto&) noexcept { freed.store(true); }) == errc::ok);
+    CHECK_FALSE(soon(freed));  // the bracket may stand on it
+    end.store(true);
+    primary.join();
+    wait_for(freed);
+    CHECK_FALSE(interval->registered());
+    CHECK(young.calls.load() == 0);
+    // It can come again, and only then is it called.
+    REQUIRE(space.insert(*interval, pages_at(4, 1)) == errc::ok);
+    { const auto bracket = space.invalidate(pages_at(3, 2), event::unmap); }
+    CHECK(young.calls.load() == 2);
+    CHECK(space.remove(*interval) == errc::ok);
+  }
+  CHECK(old_driver.calls.load() == 4);
+  CHECK(space.remove(old_interval) == errc::ok);
+}
+
+// Found in 7.2 (and 6.12): when the intervals have taken a start and a subscriber then refuses it, only the subscribers
+// are rolled back. The intervals' epoch stays open for ever: read_begin never returns.
+TEST_CASE("P4: a refusal behind the intervals leaves no epoch open") {
+  struct mirror {
+    int open = 0;
+    void invalidate_range_start(const invalidation&) noexcept { ++open; }
+    void invalidate_range_end(const invalidation&) noexcept { --open; }
+  };
+  struct refuser {
+    bool invalidate_range_start(const invalidation& i) noexcept { return i.blockable; }
+  };
+  tracked_space space;
+  mirror m;
+  refuser r;
+  interval_notifier<mirror> interval{m};
+  subscriber<refuser> node{r};
+  REQUIRE(space.insert(interval, pages_at(0, 8)) == errc::ok);
+  REQUIRE(space.register_subscriber(node) == errc::ok);
+  const auto before = interval.read_begin();
+  for (int i = 0; i < 100; ++i) {
+    CHECK_FALSE(was_served(space));
+    CHECK(m.open == 0);
+  }
+  CHECK_FALSE(interval.read_retry(before));  // nothing has happened
+  const auto after = interval.read_begin();  // and nobody waits
+  CHECK_FALSE(interval.read_retry(after));
+  { const auto bracket = space.invalidate(pages_at(3, 2), event::clear); }
+  CHECK(interval.read_retry(after));
+  CHECK(space.remove(interval) == errc::ok);
+  CHECK(space.unregister(node) == errc::ok);
 }
 
 // 2023, e611b0a9a274: registration excluded brackets by taking every lock under which they ran; then faults began to
