@@ -19,8 +19,8 @@
 //
 // Each interval has a sequence of its own (detail/collision_word.hpp): a fault waits for, and retries after, brackets
 // that overlap its interval, and no others (C1, C2). An interval that is inserted under brackets in flight counts as
-// being invalidated by those that overlap it (C5): read_begin waits for them, by name. Brackets that the filter keeps
-// from the client do not count.
+// being invalidated by those that overlap it (C5): read_begin waits for them, by name. Of brackets
+// that start later, those that the filter keeps from the client do not count.
 //
 // Callbacks get a basic_interval_invalidation: the range clipped to the interval, and the bracket's (C10). The hooks
 // are those of notifier/hooks.hpp, clipped alike. change_entry and existing_range are not called: brackets in place are
@@ -132,18 +132,23 @@ class basic_interval : srcu_head {  // for remove_async
 
   /// Effects: for a fault that has collided a few times (C8). Waits until the brackets over the interval that came
   /// first have ended; those that come later wait for the turn to end, non-blocking ones are refused. So read_begin
-  /// does not wait and read_retry is false until then. First come, first served, brackets and turns alike. Lock order:
-  /// the primary's lock that brackets are run under (shared), the turn, the client's lock. Who has a turn must not wait
-  /// for what brackets hold, or take another turn; its read_begin does not wait, and fails if somebody has resized the
-  /// interval under it. Preconditions as read_begin; at most one turn per thread. Returns: false, after a contract
-  /// failure, otherwise (L7, C8). Limit: brackets beyond the first 64 in flight at a time do not queue. Progress:
-  /// blocking.
+  /// does not wait and read_retry is false until then. First come, first served, brackets and turns alike, eight turns
+  /// of a space at a time. Lock order: the primary's lock that brackets are run under (shared), the turn, the client's
+  /// lock. Who has a turn must not wait for what brackets hold, or take another turn; its read_begin does not wait, and
+  /// fails if somebody has resized the interval under it. Preconditions as read_begin; at most one turn per thread.
+  /// Returns: false, after a contract failure, otherwise (L7, C8). Limit: brackets beyond the first 64 in flight at a
+  /// time do not queue. Progress: blocking.
   interval_turn take_turn() noexcept {
     detail::interval_context* const c = context_.load(std::memory_order_acquire);  // (in2) pairs with (in1)
     if (c == nullptr || would_wait_for_itself(*c, "interval_notifier::take_turn")) return {};
     if (c->turns.is_held_by(linux_platform::self())) {
       detail::violated("C8", "interval_notifier::take_turn", "the thread has a turn already");
       return {};
+    }
+    // With the turn read_begin must not wait: what it would wait a grace period for, goes now.
+    if (std::uint64_t mark = beside_overflow_.load(std::memory_order_acquire); mark != 0) {  // (in6)
+      c->domain.synchronize();
+      beside_overflow_.compare_exchange_strong(mark, 0, std::memory_order_acq_rel);  // (in5), (in6)
     }
     const basic_range<Key> r = range();
     return {c->turns, c->turns.take(detail::number_of(r.first), detail::number_of(r.last), c->flights)};
@@ -255,7 +260,7 @@ class basic_interval : srcu_head {  // for remove_async
   std::atomic<entry*> current_{nullptr};
   std::atomic<detail::interval_context*> context_{nullptr};
   std::atomic<std::uint64_t> beside_overflow_{0};  ///< born beside brackets that have no slot: the version; else 0
-  detail::interval_roster<Key>* set_ = nullptr;    ///< that it is registered with
+  std::atomic<detail::interval_roster<Key>*> set_{nullptr};  ///< that it is registered with
   void (*done_)(basic_interval&) noexcept = nullptr;
 
   alignas(64) entry first_entry_{};  ///< the range it was inserted with

@@ -292,3 +292,81 @@ TEST_CASE_TEMPLATE("D3: threads that insert and remove beside brackets leave the
   CHECK(w.space.barrier() == errc::ok);
   CHECK_FALSE(w.space.armed());
 }
+
+TEST_CASE_TEMPLATE("L8: barrier waits for intervals that leave a released space", Policy, POLICIES) {
+  for (const bool released_first : {true, false}) {
+    static std::atomic<bool> done;
+    done.store(false);
+    world<Policy> w;
+    counting_client c;
+    notifier_of iv{c};
+    REQUIRE(w.insert(iv, {0, page}) == errc::ok);
+    const auto leave = [&] { return w.space.remove_async(iv, [](auto&) noexcept { done.store(true); }); };
+    if (released_first) CHECK(w.space.release() == errc::ok);
+    CHECK(leave() == errc::ok);
+    if (!released_first) CHECK(w.space.release() == errc::ok);
+    CHECK(w.space.barrier() == errc::ok);
+    CHECK(done.load());
+    CHECK_FALSE(iv.registered());
+    CHECK_FALSE(w.space.armed());
+  }
+}
+
+TEST_CASE_TEMPLATE("L6: nothing comes to a released space, by a split either", Policy, POLICIES) {
+  world<Policy> w;
+  counting_client c;
+  counting_client d;
+  notifier_of iv{c};
+  notifier_of upper{d};
+  REQUIRE(w.insert(iv, {0, 4 * page}) == errc::ok);
+  CHECK(w.space.release() == errc::ok);
+  CHECK(c.releases.load() == 1);
+  CHECK(w.space.split(iv, 2 * page, upper) == errc::released);
+  CHECK_FALSE(upper.registered());
+  CHECK(w.insert(upper, {0, page}) == errc::released);
+  CHECK(w.space.remove(iv) == errc::ok);
+  CHECK(w.space.barrier() == errc::ok);
+}
+
+TEST_CASE("L3: no interval is called after the space's release, though the space is still armed") {
+  static std::atomic<bool> go;
+  static std::atomic<bool> busy;
+  go.store(false);
+  busy.store(false);
+  srcu_domain other;
+  srcu_head occupied;
+  REQUIRE(other.call(occupied, [](srcu_head*) noexcept {
+    busy.store(true);
+    wait_for(go);
+  }) == errc::ok);
+  wait_for(busy);  // the worker has something else to do: who leaves does not get away
+  address_space<arming::tracked> space;
+  counting_client c;
+  counting_client d;
+  notifier_of gone{c};
+  notifier_of iv{d};
+  REQUIRE(space.insert(gone, {0, page}) == errc::ok);
+  CHECK(space.remove(gone) == errc::ok);
+  REQUIRE(space.insert(iv, {0, page}) == errc::ok);
+  CHECK(space.release() == errc::ok);
+  CHECK(d.releases.load() == 1);
+  { const auto bracket = space.invalidate({0, page}, event::unmap); }
+  CHECK_FALSE(space.test_young({0, page}));
+  CHECK(d.starts.load() == 0);
+  go.store(true);
+  CHECK(space.remove(iv) == errc::ok);
+  CHECK(space.barrier() == errc::ok);
+}
+
+TEST_CASE("C8: with a turn a fault succeeds at the first try, in the first interval of a space as well") {
+  address_space<arming::tracked> space;
+  counting_client c;
+  notifier_of iv{c};
+  REQUIRE(space.insert(iv, {0, page}) == errc::ok);
+  {
+    const auto turn = iv.take_turn();
+    REQUIRE(static_cast<bool>(turn));
+    CHECK_FALSE(iv.read_retry(iv.read_begin()));
+  }
+  CHECK(space.remove(iv) == errc::ok);
+}

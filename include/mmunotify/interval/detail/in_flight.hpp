@@ -150,6 +150,17 @@ class flight_table {
     return false;
   }
 
+  /// The same for a bracket over [first, last), in another slot than `own`.
+  bool holds_over(std::uintptr_t thread, std::uint64_t first, std::uint64_t last,
+                  const flight_slot& own) const noexcept {
+    for (std::uint64_t u = used_.load(std::memory_order_relaxed); u != 0; u &= u - 1) {
+      const flight_slot& s = slots_[static_cast<unsigned>(std::countr_zero(u))];
+      const flight c = s.read();
+      if (&s != &own && c.version != 0 && c.thread == thread && c.overlaps(first, last)) return true;
+    }
+    return false;
+  }
+
  private:
   alignas(64) std::atomic<std::uint64_t> used_{0};  ///< slots that somebody was in; a bit stays
   std::atomic<std::uint64_t> overflow_{0};

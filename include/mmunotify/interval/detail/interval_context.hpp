@@ -77,7 +77,7 @@ struct interval_context {
     f.version = clock.read();  // (if2), after the number: see interval_notifier.hpp, take_turn
     slot.fill(f);
     turn_table::blocking_turn blocker;
-    switch (turns.pass(f, may_wait, blocker)) {
+    switch (turns.pass(f, may_wait, blocker, flights, slot)) {
       case turn_table::passage::open: return true;
       case turn_table::passage::refused: slot.free(); return false;
       case turn_table::passage::again: break;

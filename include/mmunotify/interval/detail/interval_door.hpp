@@ -21,6 +21,7 @@
 #include <mutex>
 #include <new>
 #include <optional>
+#include <utility>
 
 #include <mmunotify/base/result.hpp>
 #include <mmunotify/config.hpp>
@@ -87,8 +88,19 @@ class interval_home : public interval_set<Key> {
     if (users_.fetch_sub(1, std::memory_order_acq_rel) == 1) leave_if_unused(lock);  // (id1), (id2)
   }
 
-  /// Returns: true if the space's release() has called the intervals' hooks.
-  bool released() const noexcept { return released_.load(std::memory_order_acquire); }  // (id4) pairs with (id3)
+  /// Returns: true if the space's release() calls the intervals' hooks, or has. seq_cst: Dekker with the version of the
+  /// walk that calls them: it finds the interval, or the interval finds the flag.
+  bool released() const noexcept { return released_.load(std::memory_order_seq_cst); }  // (id4) pairs with (id3)
+
+  /// f() inserts `fresh`. One section, which release() waits for (L3), and a removal (L1).
+  template <class F>
+  errc beside_release(F f, basic_interval<Key>& fresh) noexcept {
+    const read_section s(registry_.domain());
+    if (released()) return errc::released;
+    const errc e = f();
+    if (e == errc::ok && released()) this->release_one(fresh);  // the walk may have missed it
+    return e;
+  }
 
  private:
   struct anchor : node {
@@ -111,7 +123,12 @@ class interval_home : public interval_set<Key> {
 
   explicit interval_home(registry_type& r) noexcept : set_type(r.domain(), &gone), registry_(r) {}
   ~interval_home() {
-    if (settling_.queued) registry_.domain().barrier();
+    bool queued = false;
+    {
+      const std::lock_guard lock(registry_.writers());
+      queued = settling_.queued;
+    }
+    if (queued) registry_.domain().barrier();
   }
 
   static void gone(interval_roster<Key>& set) noexcept { static_cast<interval_home&>(set).drop(); }
@@ -150,6 +167,7 @@ class interval_home : public interval_set<Key> {
     a.parting = true;
     current_ = 1 - current_;
     const void* const space = space_.load(std::memory_order_relaxed);
+    const bool kept = std::exchange(kept_, false);
     lock.unlock();
     const auto parted = [](node& n) noexcept {
       auto& mine = static_cast<anchor&>(n);
@@ -161,15 +179,21 @@ class interval_home : public interval_set<Key> {
     if (registry_.leave_async(a, space, parted) != errc::ok) {
       static_cast<void>(registry_type::depart(a, space, parted));
     }
-    registry_.unpin();
+    if (kept) {
+      registry_.let_go();
+    } else {
+      registry_.unpin();
+    }
   }
 
   /// Runs inside a section, without the mutex.
   void space_released(const anchor& a) noexcept {
     {
       const std::lock_guard lock(registry_.writers());
-      if (!on_ || &a != &anchors_[current_]) return;     // it leaves because nobody is there
-      released_.store(true, std::memory_order_release);  // (id3) pairs with (id4)
+      if (!on_ || &a != &anchors_[current_]) return;  // it leaves because nobody is there
+      registry_.keep_armed_locked();                  // until the last interval has gone: barrier() finds it (L8)
+      kept_ = true;
+      released_.store(true, std::memory_order_seq_cst);  // (id3) pairs with (id4)
     }
     this->release_all();
   }
@@ -180,6 +204,7 @@ class interval_home : public interval_set<Key> {
   static bool on_start(void* set, const basic_invalidation<Key>& i, pending_passes<Key>& passes, void*& m) noexcept {
     observe::none nobody;
     flight_memo memo;
+    if (home_at(set).released()) return true;  // L3: another may keep the space armed
     if (!home_at(set).start(i, memo, passes, nobody)) return false;
     m = memo.to_pointer();
     return true;
@@ -194,12 +219,13 @@ class interval_home : public interval_set<Key> {
   }
   static bool on_young(void* set, young_hook<Key> hook, basic_range<Key> r, bool first_yes) noexcept {
     observe::none nobody;
+    if (home_at(set).released()) return false;
     return first_yes ? home_at(set).template ask_young<true>(hook, r, nobody)
                      : home_at(set).template ask_young<false>(hook, r, nobody);
   }
   static void on_flush(void* set, basic_range<Key> r) noexcept {
     observe::none nobody;
-    home_at(set).invalidate_secondary_tlbs(r, nobody);
+    if (!home_at(set).released()) home_at(set).invalidate_secondary_tlbs(r, nobody);
   }
 
   registry_type& registry_;
@@ -214,7 +240,8 @@ class interval_home : public interval_set<Key> {
   settling settling_{*this};
   std::uint64_t joined_ = 0;
   unsigned current_ = 0;
-  bool on_ = false;  ///< the current anchor is registered
+  bool kept_ = false;  ///< the space was released, and is kept armed for those that are left
+  bool on_ = false;    ///< the current anchor is registered
 };
 
 /// What address_space::insert and the others do.
@@ -256,7 +283,7 @@ struct interval_door {
   static errc split(const void* space, Interval& n, Key at, Interval& upper) noexcept {
     home* const h = home::of(n, space);
     if (h == nullptr || !h->hold()) return errc::not_registered;
-    const errc e = h->split(n, at, upper);
+    const errc e = h->beside_release([&] { return h->split(n, at, upper); }, upper);
     if (e != errc::ok) h->drop();
     return e;
   }
@@ -278,8 +305,7 @@ struct interval_door {
       });
       if (e != errc::ok) return e;
     }
-    errc e = h->released() ? errc::released : h->insert(n, r);
-    if (e == errc::ok && h->released()) h->release_one(n);  // its walk may have missed this one
+    const errc e = h->beside_release([&] { return h->insert(n, r); }, n);
     if (e != errc::ok) h->drop();
     return e;
   }

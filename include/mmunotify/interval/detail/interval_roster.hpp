@@ -53,7 +53,9 @@ class interval_roster {
   interval_roster& operator=(const interval_roster&) = delete;
 
   /// Returns: the set that it is registered with; nullptr if it is not.
-  static interval_roster* of(const interval& n) noexcept { return n.registered() ? n.set_ : nullptr; }
+  static interval_roster* of(const interval& n) noexcept {
+    return n.registered() ? n.set_.load(std::memory_order_relaxed) : nullptr;
+  }
 
   /// Returns: true if nothing is linked. May be stale on arrival.
   bool empty() const noexcept { return index_.empty(); }
@@ -185,7 +187,7 @@ class interval_roster {
     return e.place != nullptr ? errc::ok : errc::no_memory;
   }
   void become_current(interval& n, entry& e) noexcept {
-    if (n.set_ != this) n.set_ = this;
+    if (n.set_.load(std::memory_order_relaxed) != this) n.set_.store(this, std::memory_order_relaxed);
     n.current_.store(&e, std::memory_order_release);         // (in1) pairs with (in2)
     n.context_.store(&context_, std::memory_order_release);  // (in1)
   }
@@ -240,21 +242,22 @@ class interval_roster {
     auto& n = *static_cast<interval*>(h);
     mark_all(n);
     if (n.current_.load(std::memory_order_relaxed) == &n.first_entry_) {
-      const read_section s(n.set_->context_.domain);
+      const read_section s(n.set_.load(std::memory_order_relaxed)->context_.domain);
       if (n.first_entry_.has_short_list()) return unlink_later(h);
     }
-    static_cast<void>(n.set_->context_.domain.call_unbounded(n, &unlink_later));
+    static_cast<void>(n.set_.load(std::memory_order_relaxed)->context_.domain.call_unbounded(n, &unlink_later));
   }
   static void unlink_later(srcu_head* h) noexcept {
     auto& n = *static_cast<interval*>(h);
-    srcu_domain& domain = n.set_->context_.domain;
-    interval_roster* const told = n.set_->gone_ != nullptr ? n.set_ : nullptr;
-    n.set_->unlink_all(n);  // with the last one the set may go
-    n.set_ = told;
+    interval_roster& home = *n.set_.load(std::memory_order_relaxed);
+    srcu_domain& domain = home.context_.domain;
+    interval_roster* const told = home.gone_ != nullptr ? &home : nullptr;
+    home.unlink_all(n);  // with the last one the set may go
+    n.set_.store(told, std::memory_order_relaxed);
     static_cast<void>(domain.call_unbounded(n, [](srcu_head* last) noexcept {
       auto& over = *static_cast<interval*>(last);
       const auto done = over.done_;
-      interval_roster* const set = std::exchange(over.set_, nullptr);
+      interval_roster* const set = over.set_.exchange(nullptr, std::memory_order_relaxed);
       settle(over, phase::idle);
       if (done != nullptr) done(over);
       if (set != nullptr) set->gone_(*set);

@@ -36,7 +36,7 @@ namespace detail {
 
 class turn_table {
  public:
-  static constexpr unsigned size = 8;  ///< turns at a time; one more waits for a place
+  static constexpr unsigned size = 8;  ///< turns at a time; more wait for one of these, in no order
 
   class place {
     friend turn_table;
@@ -84,6 +84,7 @@ class turn_table {
   void give_back(place& p) noexcept {
     p.granted_.store(false, std::memory_order_relaxed);
     p.number_.store(0, std::memory_order_relaxed);
+    p.thread_.store(0, std::memory_order_relaxed);
     p.life_.free();                                  // (lw3)
     count_.fetch_sub(1, std::memory_order_seq_cst);  // (tu1)
   }
@@ -99,7 +100,8 @@ class turn_table {
   /// Effects: a bracket waits for the turns before it. Its number is what it drew, or 0 if it is inside another bracket
   /// of its thread. Returns: open; refused if it must not wait (may_wait), and would have to; again if it has to give
   /// up its slot: then `blocker` is what to wait for.
-  [[nodiscard]] passage pass(const flight& f, bool may_wait, blocking_turn& blocker) noexcept {
+  [[nodiscard]] passage pass(const flight& f, bool may_wait, blocking_turn& blocker, const flight_table& flights,
+                             const flight_slot& mine) noexcept {
     if constexpr (mutated(mutation::interval_ignores_turns)) return passage::open;
     for (place& p : places_) {
       while (true) {
@@ -107,8 +109,9 @@ class turn_table {
         if (life == 0) break;
         const std::uint64_t number = p.number_.load(std::memory_order_seq_cst);  // (tu7) pairs with (tu6)
         const bool granted = p.granted_.load(std::memory_order_seq_cst);         // (tu7)
-        const bool overlaps =
-            f.overlaps(p.first_.load(std::memory_order_relaxed), p.last_.load(std::memory_order_relaxed));
+        const std::uint64_t first = p.first_.load(std::memory_order_relaxed);
+        const std::uint64_t last = p.last_.load(std::memory_order_relaxed);
+        const bool overlaps = f.overlaps(first, last);
         const bool own = p.thread_.load(std::memory_order_relaxed) == f.thread;
         if (p.life_.look() != life) continue;
         if (number == 0) {  // it is about to draw, or to go
@@ -116,6 +119,8 @@ class turn_table {
           continue;
         }
         if (!overlaps || (f.number == 0 ? !granted : number > f.number)) break;
+        // The turn still waits for the bracket that this one is inside of.
+        if (f.number == 0 && flights.holds_over(f.thread, first, last, mine)) break;
         if (!may_wait) return passage::refused;
         if (own) {
           violated("C8", "invalidate_range_start", "the thread has a turn over the range: it would wait for itself");

@@ -134,6 +134,19 @@ class registry : public roster<Key, Platform> {
     return errc::ok;
   }
 
+  /// Effects: the space stays armed until let_go(). Precondition: writers() is held, and it is armed.
+  void keep_armed_locked() noexcept { ++count_; }
+  /// Effects: takes that back, and a pin. Progress: never waits.
+  void let_go() noexcept {
+    // A bracket may have loaded the address of this registry just before the space was disarmed.
+    if (discount() && hooks_->emptied != nullptr) {
+      static_cast<void>(
+          domain_.call_unbounded(emptying_, [](srcu_head* h) noexcept { static_cast<emptying*>(h)->home->unpin(); }));
+    } else {
+      unpin();
+    }
+  }
+
  private:
   struct claimed {
     errc error;           ///< ok: `phase` says what the node was found in
@@ -210,13 +223,7 @@ class registry : public roster<Key, Platform> {
     const done_hook done = n.removal_.done;
     static_cast<void>(finish(n, node::idle));
     if (done != nullptr) done(n);
-    // A bracket may have loaded the address of this registry just before the space was disarmed.
-    if (discount() && hooks_->emptied != nullptr) {
-      static_cast<void>(
-          domain_.call_unbounded(emptying_, [](srcu_head* h) noexcept { static_cast<emptying*>(h)->home->unpin(); }));
-    } else {
-      unpin();
-    }
+    let_go();
   }
 
   /// The end of a removal that waited: the node is free, or is handed to the asynchronous removal that was adopted.
