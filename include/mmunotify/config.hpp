@@ -146,6 +146,7 @@ enum class mutation : int {
   no_leaving_grace_period = 31,  ///< unregister unlinks the node while brackets may still have to call it
   version_never_odd = 32,        ///< R3: who comes is linked before anybody can know
   leaving_not_counted = 33,      ///< R3: who leaves looks like everybody
+  odd_version_relaxed = 34,      ///< (n1): who reads the version while it is odd may see older stamps
   // interval/
   interval_end_keeps_sequence = 40,   ///< a bracket's end is not seen by those who come later
   interval_refusal_bumps = 41,        ///< a refused bracket counts as one that ended

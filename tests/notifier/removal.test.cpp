@@ -282,3 +282,88 @@ TEST_CASE_TEMPLATE("a space that goes waits for those who are leaving", P, EVERY
   }
   CHECK(leaver::freed.load() == 60);
 }
+
+TEST_CASE_TEMPLATE("L6: a registration that is refused leaves a node that its space had released as it was", P,
+                   EVERY_PRIMARY) {
+  static int done;
+  done = 0;
+  P first;
+  P second;
+  counting_client client;
+  subscriber<counting_client> node{client};
+  REQUIRE(first.join(node) == errc::ok);
+  CHECK(first.space.release() == errc::ok);
+  CHECK(second.space.release() == errc::ok);
+  CHECK(second.join(node) == errc::released);
+  CHECK(first.space.unregister_async(node, [](auto&) noexcept { ++done; }) == errc::ok);
+  CHECK(done == 1);
+}
+
+TEST_CASE_TEMPLATE("L7: in a done(), an unregister of a node that another thread removes never waits for itself", P,
+                   EVERY_PRIMARY) {
+  static P* home;
+  static subscriber<counting_client>* being_removed;
+  static errc answer;
+  for (int round = 0; round < 50; ++round) {
+    const contract_recorder recorder;
+    P primary;
+    counting_client client;
+    counting_client other;
+    subscriber<counting_client> node{client};
+    subscriber<counting_client> other_node{other};
+    home = &primary;
+    being_removed = &node;
+    REQUIRE(primary.join(node) == errc::ok);
+    REQUIRE(primary.join(other_node) == errc::ok);
+    std::thread remover([&] {
+      const errc e = primary.space.unregister(node);
+      CHECK((e == errc::ok || e == errc::not_registered));
+    });
+    CHECK(primary.space.unregister_async(
+              other_node, [](auto&) noexcept { answer = home->space.unregister(*being_removed); }) == errc::ok);
+    const errc adopted = primary.space.unregister_async(node);
+    CHECK((adopted == errc::ok || adopted == errc::not_registered));
+    remover.join();
+    CHECK(primary.space.barrier() == errc::ok);
+    CHECK((answer == errc::would_deadlock || answer == errc::ok || answer == errc::not_registered));
+    CHECK(client.releases.load() == 1);
+  }
+}
+
+TEST_CASE("L7: a release hook may wait for another space's removals while its own node is leaving") {
+  static std::atomic<bool> busy;
+  static std::atomic<bool> go;
+  busy.store(false);
+  go.store(false);
+  struct waits_elsewhere {
+    tracked_primary& other;
+    std::atomic<bool> releasing{false};
+    void release() noexcept {
+      releasing.store(true, std::memory_order_release);
+      CHECK(other.space.barrier() == errc::ok);
+    }
+  };
+  srcu_domain domain;
+  srcu_head occupied;
+  REQUIRE(domain.call(occupied, [](srcu_head*) noexcept {
+    busy.store(true);
+    wait_for(go);
+  }) == errc::ok);
+  wait_for(busy);  // the worker has something to do until the hook runs
+  tracked_primary other;
+  tracked_primary primary;
+  waits_elsewhere client{other};
+  subscriber<waits_elsewhere> node{client};
+  counting_client counting;
+  subscriber<counting_client> other_node{counting};
+  REQUIRE(other.join(other_node) == errc::ok);
+  REQUIRE(primary.join(node) == errc::ok);
+  CHECK(other.space.unregister_async(other_node) == errc::ok);
+  CHECK(primary.space.unregister_async(node) == errc::ok);
+  std::thread releaser([&] { CHECK(primary.space.release() == errc::ok); });
+  wait_for(client.releasing);
+  go.store(true);
+  releaser.join();
+  CHECK(primary.space.barrier() == errc::ok);
+  CHECK_FALSE(node.registered());
+}

@@ -6,9 +6,11 @@
 #include <atomic>
 #include <mutex>
 #include <new>
+#include <string>
 #include <thread>
 #include <vector>
 
+#include "support/contract_recorder.hpp"
 #include "support/spaces.hpp"
 #include "support/threads.hpp"
 
@@ -163,6 +165,26 @@ TEST_CASE("L2: a get that fails leaves no client behind") {
   kept.put();                      // legal after the release (L5)
   CHECK(books.freed.load() == 2);
   CHECK(books.released.load() == 1);
+}
+
+TEST_CASE("L7: to get a shared client while another is made would wait for itself") {
+  using shared = shared_subscription<mirror, tracked_primary::space_type>;
+  const contract_recorder recorder;
+  tracked_primary primary;
+  mirror::account books;
+  errc inner = errc::ok;
+  {
+    const auto outer = shared::get(primary.space, [&] {
+      inner = shared::get_numbered(primary.space, 5, [&] { return new (std::nothrow) mirror(books); }).error();
+      return new (std::nothrow) mirror(books);
+    });
+    CHECK(outer);
+    CHECK(inner == errc::would_deadlock);
+    CHECK(recorder.rules() == std::vector<std::string>{"L7"});
+  }
+  CHECK(primary.space.barrier() == errc::ok);
+  CHECK(books.made.load() == 1);
+  CHECK(books.freed.load() == 1);
 }
 
 TEST_CASE("L2: compiled out there is nothing to share") {

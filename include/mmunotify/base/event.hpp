@@ -46,7 +46,10 @@ class event_set {
     s.bits_ = 0xff;
     return s;
   }
-  constexpr bool contains(event e) const noexcept { return (bits_ & bit(e)) != 0; }
+  /// What is no event is in no set.
+  constexpr bool contains(event e) const noexcept {
+    return static_cast<unsigned>(e) < event_count && (bits_ & bit(e)) != 0;
+  }
   friend constexpr event_set operator&(event_set a, event_set b) noexcept {
     a.bits_ = static_cast<std::uint8_t>(a.bits_ & b.bits_);
     return a;

@@ -210,8 +210,9 @@ class address_space {
 
   /// Effects: the address space dies. Every subscriber's release hook runs, once (L4); nobody can register any more.
   /// Returns: ok after all release hooks have completed, also those that a concurrent unregister runs (L3), and no
-  /// callback of those released here is running or will run; would_deadlock inside a callback or an open bracket (L7).
-  /// Calling it again is harmless. Progress: blocking. Context: without locks that callbacks take.
+  /// callback of those released here is running or will run, but that one which leaves by unregister_async may be
+  /// called until its done(); would_deadlock inside a callback or an open bracket (L7). Calling it again is harmless.
+  /// Progress: blocking. Context: without locks that callbacks take.
   errc release() noexcept { return gate_.release(); }
 
   /// Effects: returns when every unregister_async() that was called before is over and its done() has returned (L8);
@@ -263,7 +264,7 @@ class address_space {
   /// first (P2). Returns: ok, and no callback of it is running or will run (L1); not_registered; would_deadlock inside
   /// a callback or an open bracket of this space, or for a node that leaves by unregister_async, inside a done() (L7).
   /// Legal before, during and after release() (L5). Progress: blocking, two grace periods. Context: without locks that
-  /// callbacks take.
+  /// callbacks take. If an unregister_async() of the node came meanwhile, the node is free when its done() is called.
   errc unregister(basic_subscriber<key>& node) noexcept { return gate_.leave(node, this); }
 
   /// What unregister_async calls when the node is free: it may register it anew, or destroy it and its client. In the

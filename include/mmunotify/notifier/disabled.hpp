@@ -50,6 +50,11 @@ class address_space<disabled, Options...> {
   static constexpr errc young_pages(range_type, std::span<std::uint64_t>, bool) noexcept { return errc::ok; }
   static constexpr errc release() noexcept { return errc::ok; }
   static constexpr errc barrier() noexcept { return errc::ok; }
+  /// Nobody notes anything.
+  static observer_type& observer() noexcept {
+    static observer_type nobody;
+    return nobody;
+  }
 
   /// Returns: disabled, always. The witness, if any, is not looked at.
   template <class Client, class... Witness>

@@ -49,7 +49,8 @@ class invalidation_window {
   snapshot read_begin() const noexcept { return finished_.load(std::memory_order_acquire); }  // (w2) pairs with (w1)
 
   /// Returns: true if a bracket that overlaps r is open or has ended since the snapshot, or if so many have ended that
-  /// the history has forgotten. Precondition: under the client's lock. An empty r never collides.
+  /// the history has forgotten. Precondition: under the client's lock. An empty r collides only with what was
+  /// forgotten.
   bool retry(snapshot since, range_type r) const noexcept {
     if constexpr (detail::mutated(detail::mutation::no_retry_check)) return false;
     return open_hits(r) || finished_hits(since, r);

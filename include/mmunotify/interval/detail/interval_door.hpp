@@ -138,7 +138,8 @@ class interval_home : public interval_set<Key> {
   void join_locked(const void* space) noexcept {
     anchor& a = anchors_[current_];
     a.parting = false;
-    static_cast<void>(registry_type::claim(a, space));  // cannot fail: it is free
+    typename registry_type::former before;
+    static_cast<void>(registry_type::claim(a, space, before));  // cannot fail: it is free
     registry_.link_locked(a);
     registry_.pin_locked();
     registry_.settle(a);

@@ -222,13 +222,16 @@ class audience {
       }
       const auto ask = batch.clear() ? n.operations_->clear_young : n.operations_->test_young;
       if (ask == nullptr) continue;
-      mark_page_by_page(batch, calls, [&](basic_range<Key> page) { return n.wants(page) && ask(n.client_, page); });
+      mark_page_by_page(batch, [&](basic_range<Key> page) {
+        if (!n.wants(page)) return false;
+        ++calls;
+        return ask(n.client_, page);
+      });
     }
     if (const auto* const first = intervals(); first != nullptr) {
       const auto hook = batch.clear() ? &operations<Key>::clear_young : &operations<Key>::test_young;
-      mark_page_by_page(batch, calls, [&](basic_range<Key> page) {
-        return first->ask_young(first->set, hook, page, !batch.clear());
-      });
+      mark_page_by_page(
+          batch, [&](basic_range<Key> page) { return first->ask_young(first->set, hook, page, !batch.clear()); });
     }
     observer.note(observe::occurrence::callback, calls);
   }
@@ -309,12 +312,11 @@ class audience {
   }
 
   template <class Ask>
-  static void mark_page_by_page(basic_young_batch<Key>& batch, std::uint64_t& calls, Ask ask)
+  static void mark_page_by_page(basic_young_batch<Key>& batch, Ask ask)
     requires paged_key<Key>
   {
     for (std::uint64_t p = 0; p < batch.pages(); ++p) {
       if (!batch.clear() && batch.marked(p)) continue;  // somebody has said yes (O5)
-      ++calls;
       const Key first = batch.page(p);
       if (ask(basic_range<Key>{first, static_cast<Key>(first + page_of_keys<Key>)})) batch.mark(first);
     }

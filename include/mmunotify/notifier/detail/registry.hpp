@@ -128,8 +128,9 @@ class registry : public roster<Key, Platform> {
       return errc::would_deadlock;
     }
     wait_for_zero(adopted_);
-    // A removal's last step comes out of its third. After an interval's three, its anchor may leave.
-    const int steps = this->intervals() != nullptr ? 12 : 4;
+    // A removal's last step comes out of its third, and the first may come twice. After an interval's three, its
+    // anchor may leave.
+    const int steps = this->intervals() != nullptr ? 14 : 5;
     for (int step = 0; step < steps; ++step) domain_.barrier();
     return errc::ok;
   }
@@ -163,8 +164,8 @@ class registry : public roster<Key, Platform> {
     const std::uint32_t phase = n.phase_.load(std::memory_order_acquire);  // (n4) pairs with (n3)
     if (phase == node::joining) return {errc::not_registered, phase};
     if (to == node::leaving) {
-      // Who waits for a removal that callbacks do must not be one.
-      const bool waits_for_callbacks = phase != node::live && n.removal_.node != nullptr;
+      // Who waits for a removal that callbacks do, or may come to do, must not be one.
+      const bool waits_for_callbacks = phase != node::live;
       if (domain_.held_by_this_thread() || (waits_for_callbacks && domain_.runs_callbacks_here())) {
         return {errc::would_deadlock, phase};
       }
@@ -207,8 +208,10 @@ class registry : public roster<Key, Platform> {
   void part(node& n) noexcept {
     if (claim_for_release(n, node::parting)) {
       run_release_hook(n);
-    } else {
-      wait_while(n, node::leaving);  // the space's release() runs it
+    } else if (n.phase_.load(std::memory_order_acquire) == node::leaving) {  // (n4)
+      // The space's release() runs it, in a section: so this comes after it. The worker must not wait for a hook.
+      static_cast<void>(domain_.call_unbounded(n.removal_, [](srcu_head* h) noexcept { step_of(h, &registry::part); }));
+      return;
     }
     kill(n);
     static_cast<void>(
@@ -259,7 +262,7 @@ class registry : public roster<Key, Platform> {
   /// The section keeps the nodes linked; the others' hooks do not wait for it. Returns: those to remove.
   node* claim_all() {
     node* mine = nullptr;
-    const section s(domain_);
+    domain_.read_lock_unordered();  // a hook may leave a bracket open that it began
     for (node& n : list_) {
       if (claim_for_release(n, node::live)) {
         run_release_hook(n);
@@ -271,6 +274,7 @@ class registry : public roster<Key, Platform> {
         wait_while(n, node::leaving);
       }
     }
+    domain_.read_unlock_unordered();
     return mine;
   }
 

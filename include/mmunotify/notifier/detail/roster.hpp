@@ -52,8 +52,14 @@ class roster : public audience<Key, Platform> {
 
   // --- Coming. ------------------------------------------------------------------------------------------------------
 
+  /// What a node was before a claim.
+  struct former {
+    const void* home = nullptr;
+    std::uint32_t phase = node::idle;
+  };
+
   /// First half of a registration: the node is the caller's, and nobody else's. Errors: already_registered, bad_range.
-  static errc claim(node& n, const void* home) noexcept {
+  static errc claim(node& n, const void* home, former& before) noexcept {
     if (n.filter().range.has_value() && n.filter().range->empty()) return errc::bad_range;
     std::uint32_t expected = node::idle;
     // (n4) acquire pairs with (n3): the node's last registration is over.
@@ -65,14 +71,16 @@ class roster : public audience<Key, Platform> {
         return errc::already_registered;
       }
     }
+    before = {n.home_.load(std::memory_order_relaxed), expected};
     // (n9) release pairs with (n10): who sees this home sees that the node's last registration is nowhere any more.
     n.home_.store(home, std::memory_order_release);
     return errc::ok;
   }
 
-  /// Takes a claim back; nothing has happened.
-  static void unclaim(node& n) noexcept {
-    n.phase_.store(node::idle, std::memory_order_release);  // (n3)
+  /// Takes a claim back; nothing has happened (L6).
+  static void unclaim(node& n, const former& before) noexcept {
+    n.home_.store(before.home, std::memory_order_release);    // (n9)
+    n.phase_.store(before.phase, std::memory_order_release);  // (n3)
   }
 
   /// Second half: brackets that start from now on call the node. Precondition: claimed; writers() is held.
@@ -81,8 +89,11 @@ class roster : public audience<Key, Platform> {
     n.dead_.store(node::never, std::memory_order_relaxed);
     n.born_.store(next, std::memory_order_relaxed);
     if (n.operations_->end != nullptr) enders_.fetch_add(1, std::memory_order_relaxed);
-    // R3. Relaxed: who finds the node at the head, which push_front stores with release, finds this, too.
-    if constexpr (!mutated(mutation::version_never_odd)) version_.store(next - 1, std::memory_order_relaxed);
+    // R3: who finds the node at the head, which push_front stores with release, finds this, too. (n1) release pairs
+    // with (n2): a bracket may take the odd version, too, and has to see the stamps before it.
+    if constexpr (!mutated(mutation::version_never_odd)) {
+      version_.store(next - 1, order(std::memory_order_release, mutation::odd_version_relaxed));
+    }
     static_cast<void>(list_.push_front(n));  // cannot fail: the claim made the node ours
     ++count_;
     n.where_.store(static_cast<registry<Key, Platform>*>(this), std::memory_order_release);  // (n7) pairs with (n8)
@@ -92,8 +103,8 @@ class roster : public audience<Key, Platform> {
 
   /// Last step, when the node may be used: it may also leave now.
   void settle(node& n) noexcept {
+    note(observe::occurrence::registration);  // first: whoever may leave may be the last, and the space may go
     n.phase_.store(node::live, std::memory_order_release);  // (n3) pairs with (n4)
-    note(observe::occurrence::registration);
     // (n5) release pairs with (n6): whoever saw the count fall sees the node live.
     if (joining_.fetch_sub(1, std::memory_order_release) == 1) Platform::wake(joining_);
   }
@@ -122,6 +133,8 @@ class roster : public audience<Key, Platform> {
   /// unregister() of a node that is linked nowhere. Returns: ok if the release() of the space `home` had let go of it.
   static errc depart(node& n, const void* home, done_hook done = nullptr) noexcept {
     if (n.home_.load(std::memory_order_relaxed) != home) return errc::not_registered;
+    // (n4) finish() says "nowhere" before it says what the node is now. It holds the mutex: soon.
+    while (n.phase_.load(std::memory_order_acquire) == node::released) Platform::wait(n.phase_, node::released);
     const errc e = take_departed(n);
     if (e == errc::ok && done != nullptr) done(n);
     return e;
@@ -175,6 +188,7 @@ class roster : public audience<Key, Platform> {
     }
     // (n15) pairs with (n14): who finds it gone does not reach the node.
     if constexpr (!mutated(mutation::leaving_not_counted)) leaving_.fetch_sub(1, std::memory_order_release);
+    if (n.operations_->end != nullptr) enders_.fetch_sub(1, std::memory_order_relaxed);
   }
 
   /// Returns: true if it was the last one, and the space is disarmed.
@@ -197,8 +211,8 @@ class roster : public audience<Key, Platform> {
       }
       list_.retire(n);
       n.removal_.node = nullptr;
-      n.where_.store(nullptr, std::memory_order_relaxed);
-      n.phase_.store(phase, std::memory_order_release);  // (n3) pairs with (n4)
+      n.where_.store(nullptr, std::memory_order_release);  // (n7) pairs with (n8): what the node was before
+      n.phase_.store(phase, std::memory_order_release);    // (n3) pairs with (n4)
     }
     Platform::wake(word);  // by address only: the node may already be gone
     return true;

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 #include <mutex>
+#include <utility>
 
 #include <mmunotify/notifier/arming.hpp>
 
@@ -78,11 +79,12 @@ class tracked_gate {
   MMUNOTIFY_COLD errc join(node& n, const void* home, Existing&& existing) noexcept {
     if (const errc e = registry_.domain().status(); e != errc::ok) return e;
     if (registry_.would_deadlock("address_space::register_subscriber")) return errc::would_deadlock;
-    if (const errc e = registry_type::claim(n, home); e != errc::ok) return e;
+    typename registry_type::former before;
+    if (const errc e = registry_type::claim(n, home, before); e != errc::ok) return e;
     {
       const std::lock_guard lock(registry_.writers());
       if (released_) {
-        registry_type::unclaim(n);
+        registry_type::unclaim(n, before);
         return errc::released;
       }
       registry_.link_locked(n);
@@ -131,13 +133,38 @@ class tracked_gate {
   /// Returns: false if this thread is in no callback and no bracket.
   bool may_be_inside() noexcept { return registry_.domain().held_by_this_thread(); }
 
-  /// Inside a section it is not taken: its owner may wait for this section.
-  std::unique_lock<typename Platform::mutex> sharing(errc& e) noexcept {
+  /// Returns: what keeps two from making one client. Where it would wait for itself it is not taken: inside a section,
+  /// for which its owner may wait, and while this thread makes another client.
+  class sharer {
+   public:
+    sharer() = default;
+    explicit sharer(tracked_gate& g) noexcept : gate_(&g) {
+      gate_->sharing_.lock();
+      gate_->sharer_.store(Platform::self(), std::memory_order_relaxed);
+    }
+    sharer(sharer&& o) noexcept : gate_(std::exchange(o.gate_, nullptr)) {}
+    sharer& operator=(sharer&&) = delete;
+    ~sharer() {
+      if (gate_ == nullptr) return;
+      gate_->sharer_.store(0, std::memory_order_relaxed);
+      gate_->sharing_.unlock();
+    }
+
+   private:
+    tracked_gate* gate_ = nullptr;
+  };
+  sharer sharing(errc& e) noexcept {
+    // Relaxed: a thread reads what it has stored itself.
+    if (sharer_.load(std::memory_order_relaxed) == Platform::self()) {
+      violated("L7", "shared_subscription::get", "called while this thread makes a shared client of the same space");
+      e = errc::would_deadlock;
+      return {};
+    }
     if (registry_.domain().held_by_this_thread()) {
       e = errc::would_deadlock;
       return {};
     }
-    return std::unique_lock(sharing_);
+    return sharer(*this);
   }
 
   Observer& observer() noexcept { return observer_; }
@@ -195,10 +222,11 @@ class tracked_gate {
                                                      static_cast<tracked_gate*>(gate)->observer_.note(what, n);
                                                    }};
 
+  [[no_unique_address]] Observer observer_;  ///< before the registry, whose destructor waits for who notes
   registry_type registry_{hooks, this};
-  typename Platform::mutex sharing_;  ///< held while a shared client is made
-  bool released_ = false;             ///< under the writers' mutex
-  [[no_unique_address]] Observer observer_;
+  typename Platform::mutex sharing_;       ///< held while a shared client is made
+  std::atomic<std::uintptr_t> sharer_{0};  ///< by whom
+  bool released_ = false;                  ///< under the writers' mutex
 };
 
 }  // namespace detail

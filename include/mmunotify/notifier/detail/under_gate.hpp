@@ -129,9 +129,10 @@ class under_gate {
                "lock, or this thread registers inside its own bracket");
       return errc::bracket_open;
     }
-    if (const errc e = registry_type::claim(n, home); e != errc::ok) return e;
+    typename registry_type::former before;
+    if (const errc e = registry_type::claim(n, home, before); e != errc::ok) return e;
     const errc e = link(n, existing);
-    if (e != errc::ok) registry_type::unclaim(n);
+    if (e != errc::ok) registry_type::unclaim(n, before);
     return e;
   }
 
