@@ -92,7 +92,7 @@ TEST_CASE("with CR0.WP=1 SMEP and SMAP come and go without a fault") {
   REQUIRE(cpu.set_cr3(m.root) == errc::ok);
   REQUIRE(touch(cpu, va, access::fetch).result.what == outcome::done);
   const auto faults = m.mmu.statistics().faults;
-  cpu.set_smep(true);
+  CHECK(cpu.set_smep(true) == errc::ok);
   CHECK(touch(cpu, va, access::fetch).result.what == outcome::page_fault);
   CHECK(touch(cpu, va, access::read).result.what == outcome::done);
   cpu.set_smap(true);

@@ -561,7 +561,7 @@ struct random_guest {
     switch (below(7)) {
       case 0: CHECK(cpu.set_cr3((32 + below(2)) * page_size) == errc::ok); break;
       case 1: cpu.set_wp(chance(50)); break;
-      case 2: cpu.set_smep(chance(50)); break;
+      case 2: CHECK(cpu.set_smep(chance(50)) == errc::ok); break;
       case 3: cpu.set_smap(chance(50)); break;
       case 4: cpu.set_nxe(chance(80)); break;
       case 5: cpu.set_ac(chance(50)); break;

@@ -36,7 +36,7 @@ struct fixture {
     CHECK(found() == "");
   }
   std::string found() {
-    const char* broken = x86::table_check(tables, window, zapping).run(4);
+    const char* broken = x86::table_check(tables, window, zapping).run();
     return broken == nullptr ? "" : broken;
   }
   /// Effects: sets an entry behind everybody's back. Returns: what the check says; puts it back.

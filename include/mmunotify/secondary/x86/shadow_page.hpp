@@ -25,6 +25,7 @@
 #include <mmunotify/base/address.hpp>
 #include <mmunotify/config.hpp>
 #include <mmunotify/secondary/x86/entry.hpp>
+#include <mmunotify/secondary/x86/memory_cache.hpp>
 #include <mmunotify/secondary/x86/page_role.hpp>
 #include <mmunotify/secondary/x86/rmap.hpp>
 
@@ -124,9 +125,10 @@ struct alignas(shadow_page_alignment) shadow_page {
 
   gfn frame{};  ///< the guest table; of a direct page, the first frame that it maps
   page_role role{};
-  entry_list parents;            ///< MUST hold exactly the present entries that link this page
-  unsigned present = 0;          ///< MUST be the number of present entries
-  unsigned mmio = 0;             ///< MUST be the number of MMIO entries
+  directory_registers registers{};  ///< of a page of links above PAE's directories: what it was made from
+  entry_list parents;               ///< MUST hold exactly the present entries that link this page
+  unsigned present = 0;             ///< MUST be the number of present entries
+  unsigned mmio = 0;                ///< MUST be the number of MMIO entries
   unsigned unheard_writes = 0;   ///< guest writes since a fault last used the page; many: it is no page table any more
   std::uint64_t generation = 0;  ///< of the tables; an older one: the page is obsolete, and nothing leads to it
   /// The guest may have written the table since its entries were shadowed: what is here is what the guest's TLB would
@@ -170,7 +172,20 @@ static_assert(alignof(shadow_page) == shadow_page_alignment &&
                   std::size_t{entries_per_table} * 2 <= shadow_page_alignment,
               "an entry place must fit into one word");
 
-/// All shadow pages: by (frame, role, generation), and by age. Under the MMU lock.
+/// What one fault can need at most under the lock: a page per level, and a chunk for each link and for the leaf.
+struct fault_stock {
+  static constexpr std::size_t enough = 5;
+  stock<shadow_page> pages;
+  stock<rmap_chunk> chunks;
+
+  bool full() const noexcept { return pages.size() >= enough && chunks.size() >= enough; }
+  errc fill() noexcept {
+    const errc e = pages.fill(enough);
+    return e != errc::ok ? e : chunks.fill(enough);
+  }
+};
+
+/// All shadow pages: by (frame, role, generation, registers), and by age. Under the MMU lock.
 /// Limits: a fixed number of buckets, so that making it cannot fail; pages of one frame share a bucket.
 class page_index {
  public:
@@ -182,9 +197,11 @@ class page_index {
   shadow_page* oldest() const noexcept { return oldest_; }
 
   /// Returns: the page of this frame, role and generation, or nullptr.
-  shadow_page* find(gfn frame, page_role role, std::uint64_t generation = 0) const noexcept {
+  shadow_page* find(gfn frame, page_role role, std::uint64_t generation = 0,
+                    const directory_registers& registers = {}) const noexcept {
     for (shadow_page* p = buckets_[bucket(frame)]; p != nullptr; p = p->next_in_bucket) {
-      if (p->frame == frame && p->role == role && p->generation == generation) return p;
+      if (p->frame != frame || p->role != role || p->generation != generation) continue;
+      if (!role.has_links_alone() || p->registers == registers) return p;
     }
     return nullptr;
   }
@@ -192,7 +209,7 @@ class page_index {
   /// Returns: whether the frame is a guest table that has a shadow page, so that it must stay write-protected.
   bool tracked(gfn frame) const noexcept {
     for (const shadow_page* p = buckets_[bucket(frame)]; p != nullptr; p = p->next_in_bucket) {
-      if (p->frame == frame && !p->role.direct()) return true;
+      if (p->frame == frame && p->role.has_table()) return true;
     }
     return false;
   }
@@ -200,7 +217,7 @@ class page_index {
   /// Returns: whether the frame must be mapped writable nowhere: it has a page that is not out of step with it.
   bool write_protected(gfn frame) const noexcept {
     for (const shadow_page* p = buckets_[bucket(frame)]; p != nullptr; p = p->next_in_bucket) {
-      if (p->frame == frame && !p->role.direct() && !p->unsync) return true;
+      if (p->frame == frame && p->role.has_table() && !p->unsync) return true;
     }
     return false;
   }
@@ -225,7 +242,7 @@ class page_index {
     }
   }
 
-  /// Precondition: no page of the same frame and role is in.
+  /// Precondition: no page that is found by the same is in.
   void insert(shadow_page& p) noexcept {
     shadow_page*& head = buckets_[bucket(p.frame)];
     p.next_in_bucket = head;

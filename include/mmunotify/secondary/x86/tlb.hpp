@@ -79,10 +79,11 @@ class soft_tlb {
   std::array<tlb_entry, Entries> entries_{};
 };
 
-/// What a root is remembered by: the guest's top table and how it is read.
+/// What a root is remembered by: the guest's top table, how it is read, and the registers that are read in its place.
 struct root_key {
   gfn table{};
   std::uint32_t role = 0;
+  std::array<std::uint64_t, 4> registers{};
 
   friend constexpr bool operator==(const root_key&, const root_key&) = default;
 };
