@@ -140,6 +140,22 @@ struct alignas(shadow_page_alignment) shadow_page {
   shadow_page* newer = nullptr;
   shadow_page* next_spare = nullptr;
 
+  struct entry_span {
+    unsigned first = 0, last = 0;  ///< both included; first > last: none
+  };
+  /// Returns: the shadows in this page of what lies at bytes first..last of its guest table. Of 1024 entries a page has
+  /// those of its quadrant; an entry of a page directory has two neighbours.
+  static constexpr entry_span shadows_of(page_role r, unsigned first, unsigned last) noexcept {
+    if (r.format() != table_format::four_byte || detail::mutated(detail::mutation::wide_written_zap)) {
+      return {first / 8, last / 8};
+    }
+    const unsigned shadows = r.level() == 1 ? 1 : 2, size = entries_per_table / shadows;
+    const unsigned begin = r.quadrant() * size, end = begin + size;
+    first = first / 4 < begin ? begin : first / 4;
+    last = last / 4 < end ? last / 4 + 1 : end;  // not included from here on
+    return first < last ? entry_span{(first - begin) * shadows, (last - begin) * shadows - 1} : entry_span{1, 0};
+  }
+
   /// Precondition: entry i is a leaf.
   gfn leaf_frame(unsigned i) const noexcept { return {leaf_frames[i].load(std::memory_order_relaxed)}; }
 

@@ -205,10 +205,10 @@ class shadow_tables {
     if constexpr (detail::mutated(detail::mutation::half_written_zap)) last = first;
     index_.for_each_of(frame, [&](shadow_page& p) {
       if (!p.role.has_table()) return;
+      const auto touched = shadow_page::shadows_of(p.role, first, last);
+      if (touched.first > touched.last) return;
       if (++p.unheard_writes > write_flood) return zap_page(p);
-      constexpr bool all_wide = detail::mutated(detail::mutation::wide_written_zap);
-      if (p.role.format() == table_format::four_byte && !all_wide) return drop_narrow(p, first / 4, last / 4);
-      for (unsigned i = first / 8; i <= last / 8; ++i) drop(p, i);
+      for (unsigned i = touched.first; i <= touched.last; ++i) drop(p, i);
     });
     return true;
   }
@@ -361,16 +361,6 @@ class shadow_tables {
     retired_.push(p);
     flush_due_ = true;  // somebody may be walking it
     counters_.add(mmu_counters::pages_zapped);
-  }
-
-  /// Effects: entries first..last of the guest's 1024 have no shadow in this page: those of its quadrant. An entry of a
-  /// page directory has two.
-  void drop_narrow(shadow_page& p, unsigned first, unsigned last) noexcept {
-    const unsigned shadows = p.role.level() == 1 ? 1 : 2, of_quadrant = entries_per_table / shadows;
-    for (unsigned i = first; i <= last; ++i) {
-      if (i / of_quadrant != p.role.quadrant()) continue;
-      for (unsigned n = 0; n < shadows; ++n) drop(p, i % of_quadrant * shadows + n);
-    }
   }
 
   void write_protect(memslot& s, gfn frame) noexcept {
