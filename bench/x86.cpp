@@ -330,7 +330,7 @@ int main(int argc, char** argv) {
   add_guest_writes(g);
   add_switches(g);
   add_logs(std::make_shared<guest>(8192));
-  for (const std::uint64_t mapped : {1000, 10000, 100000, 1000000}) add_growth(mapped);
+  for (const std::uint64_t mapped : {1000U, 10000U, 100000U, 1000000U}) add_growth(mapped);
   const int status = ratios::run(argc, argv);
   ratios::print_goals(goals);
   return status;

@@ -146,6 +146,16 @@ enum class mutation : int {
   no_leaving_grace_period = 31,  ///< unregister unlinks the node while brackets may still have to call it
   version_never_odd = 32,        ///< R3: who comes is linked before anybody can know
   leaving_not_counted = 33,      ///< R3: who leaves looks like everybody
+  // interval/
+  interval_end_keeps_sequence = 40,   ///< a bracket's end is not seen by those who come later
+  interval_refusal_bumps = 41,        ///< a refused bracket counts as one that ended
+  interval_unlink_at_once = 42,       ///< a removed interval is unlinked before the brackets that call it have ended
+  interval_no_look_in_flight = 43,    ///< an insertion does not look for brackets in flight
+  interval_born_behind = 44,          ///< who helps an insertion stamps it with a version of its own past
+  interval_neighbour_forgotten = 45,  ///< a question does not look at the bucket before its range
+  interval_frozen_is_pinned = 46,     ///< an insertion may go into a node that is being unlinked
+  interval_shrinks_first = 47,        ///< a resize takes the old range away before the new one is there
+  interval_ignores_turns = 48,        ///< brackets do not wait for a fault's turn
   // primary/
   write_to_shared = 50,         ///< a write to a shared frame goes to it, without a copy
   free_before_end = 51,         ///< frames are freed inside the bracket that takes them away

@@ -28,9 +28,14 @@
 #include <mmunotify/notifier/shared_subscription.hpp>
 #include <mmunotify/notifier/subscription.hpp>
 
+#include <mmunotify/interval/interval_invalidation.hpp>
+#include <mmunotify/interval/interval_notifier.hpp>
+
 #include <mmunotify/primary/reference_mmu.hpp>
 
 #include <mmunotify/secondary/x86/control_registers.hpp>
+#include <mmunotify/secondary/x86/direct_mmu.hpp>
+#include <mmunotify/secondary/x86/direct_vcpu.hpp>
 #include <mmunotify/secondary/x86/guest_walker.hpp>
 #include <mmunotify/secondary/x86/shadow_mmu.hpp>
 #include <mmunotify/secondary/x86/vcpu.hpp>

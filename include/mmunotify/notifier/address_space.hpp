@@ -82,6 +82,14 @@ constexpr basic_range<Key> page_at(Key k) noexcept {
 
 }  // namespace detail
 
+template <address_key Key>
+class basic_interval;
+namespace detail {
+/// How a space reaches its intervals; defined with them (interval/detail/interval_door.hpp).
+template <address_key Key, class Interval>
+struct interval_door;
+}  // namespace detail
+
 template <class Arming, class... Options>
 class address_space {
   static_assert(sizeof...(Options) <= 2, "mmunotify: address_space takes an arming policy, one key and one observer");
@@ -269,6 +277,54 @@ class address_space {
   /// also in callbacks and brackets of this space (L7). Before the space goes: barrier().
   errc unregister_async(basic_subscriber<key>& node, done_hook done = nullptr) noexcept {
     return gate_.leave_async(node, this, done);
+  }
+
+  // --- For secondary MMUs that hear of one range. Include <mmunotify/interval/interval_notifier.hpp>. ---------------
+
+  /// Effects: brackets that start from now on, and overlap r, call n; those in flight that overlap r keep n's faults
+  /// waiting (C5). Precondition (P7): a space that is disarmed and has a lock to offer is armed by this, so the caller
+  /// excludes brackets, as for register_subscriber; the form with the witness makes sure. An armed space may be
+  /// bracketing. Errors: bad_range, already_registered, released, no_memory, no_slot, bracket_open (checked builds):
+  /// nothing has changed. Context: anywhere, also in callbacks (C6). Progress: lock-free but for the allocator, beside
+  /// other intervals; the first one takes a mutex that is never held for long, and waits where it arms the space.
+  template <class Interval>
+  errc insert(Interval& n, range_type r) noexcept {
+    return detail::interval_door<key, Interval>::insert(gate_, this, n, r);
+  }
+  /// The same. `held` is the witness: a lock that owns the primary's mutex exclusively. Errors: also lock_not_held.
+  template <class Interval, class Lock>
+    requires detail::is_under<Arming>
+  errc insert(Interval& n, range_type r, const Lock& held) noexcept {
+    static_assert(exclusive_lock_of<Lock, typename Arming::mutex>,
+                  "mmunotify: insert needs a std::unique_lock, lock_guard or scoped_lock of the very mutex type that "
+                  "arming::under names: a shared lock does not exclude brackets");
+    if (!detail::owns(held)) return errc::lock_not_held;
+    return insert(n, r);
+  }
+  /// Effects: no bracket calls n any more. Returns: ok, and no callback of it is running or will run (L1);
+  /// not_registered; would_deadlock inside a callback or an open bracket of this space (L7). Progress: blocking. A
+  /// space without anybody else is disarmed a few grace periods later (D3); barrier() waits for that.
+  template <class Interval>
+  errc remove(Interval& n) noexcept {
+    return detail::interval_door<key, Interval>::remove(this, n);
+  }
+  /// Effects: the same without waiting; done(n), if it is not null, is called when n is free, in the library's worker.
+  /// Errors: not_registered. Context: anywhere, also in n's own callbacks. Before the space goes: barrier().
+  template <class Interval>
+  errc remove_async(Interval& n, void (*done)(basic_interval<key>&) noexcept = nullptr) noexcept {
+    return detail::interval_door<key, Interval>::remove_async(this, n, done);
+  }
+  /// Effects: n covers r from now on; what stays covered is covered all the time, and brackets may call n twice (C6).
+  /// Errors: bad_range, not_registered, no_memory; again if another changes it at the same time.
+  template <class Interval>
+  errc resize(Interval& n, range_type r) noexcept {
+    return detail::interval_door<key, Interval>::resize(this, n, r);
+  }
+  /// Effects: n keeps what is below `at`, `upper` gets the rest, nothing is uncovered in between. Errors: as resize,
+  /// and already_registered for upper.
+  template <class Interval>
+  errc split(Interval& n, key at, Interval& upper) noexcept {
+    return detail::interval_door<key, Interval>::split(this, n, at, upper);
   }
 
   observer_type& observer() noexcept { return gate_.observer(); }

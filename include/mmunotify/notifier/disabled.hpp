@@ -63,6 +63,26 @@ class address_space<disabled, Options...> {
     return errc::not_registered;
   }
 
+  template <class Interval, class... Witness>
+  static constexpr errc insert(Interval&, range_type, const Witness&...) noexcept {
+    return errc::disabled;
+  }
+  template <class Interval>
+  static constexpr errc remove(Interval&) noexcept {
+    return errc::not_registered;
+  }
+  static constexpr errc remove_async(basic_interval<key>&, void (*)(basic_interval<key>&) noexcept = nullptr) noexcept {
+    return errc::not_registered;
+  }
+  template <class Interval>
+  static constexpr errc resize(Interval&, range_type) noexcept {
+    return errc::not_registered;
+  }
+  template <class Interval>
+  static constexpr errc split(Interval&, key, Interval&) noexcept {
+    return errc::not_registered;
+  }
+
  private:
   template <class, class>
   friend class shared_subscription;

@@ -24,12 +24,13 @@
 
 #include <mmunotify/base/result.hpp>
 #include <mmunotify/config.hpp>
+#include <mmunotify/sync/marked_list.hpp>
 #include <mmunotify/sync/srcu_domain.hpp>
 
 MMUNOTIFY_BEGIN_NAMESPACE
 
 /// Derive from it to become a list element. 16 bytes. A linked node must not be destroyed (contract failure L1).
-class hlist_node {
+class hlist_node : public detail::marked_node {
  public:
   hlist_node() = default;
   hlist_node(const hlist_node&) = delete;
@@ -50,7 +51,6 @@ class hlist_node {
 
   enum class state : std::uint8_t { idle, inserting, live, dying };
 
-  std::atomic<std::uintptr_t> next_{0};  ///< the next hlist_node's address; bit 0: this node is deleted
   std::atomic<state> state_{state::idle};
 };
 
@@ -74,9 +74,8 @@ class lockfree_hlist {
   lockfree_hlist& operator=(const lockfree_hlist&) = delete;
 
   /// Returns: true if nothing is linked. May be stale on arrival. Progress: wait-free, one load.
-  /// Ordering: (h4) acquire pairs with (h6): who finds it empty comes after what the owners of removed nodes did
-  /// before.
-  bool empty() const noexcept { return head_.load(std::memory_order_acquire) == 0; }
+  /// Ordering: who finds it empty comes after what the owners of removed nodes did before.
+  bool empty() const noexcept { return detail::marked_list::empty(head_); }
 
   /// Effects: inserts at the head. Errors: already_registered, on any list. Progress: lock-free.
   errc push_front(Node& node) noexcept {
@@ -87,11 +86,7 @@ class lockfree_hlist {
                                           std::memory_order_relaxed)) {
       return errc::already_registered;
     }
-    std::uintptr_t first = head_.load(std::memory_order_relaxed);
-    do {
-      n.next_.store(first, std::memory_order_relaxed);
-      // (h3) release pairs with (h4): the node is initialised for whoever finds it (S2).
-    } while (!head_.compare_exchange_weak(first, address(n), std::memory_order_release, std::memory_order_relaxed));
+    detail::marked_list::push_front(head_, n);
     // (h7) release pairs with (h8): who marks the node finds it linked.
     n.state_.store(hlist_node::state::live, std::memory_order_release);
     return errc::ok;
@@ -101,16 +96,13 @@ class lockfree_hlist {
   /// who now owes sweep(), a grace period and retire(). Progress: lock-free.
   [[nodiscard]] bool mark(Node& node) noexcept {
     if (!claim(node)) return false;
-    mark_claimed(node);
+    detail::marked_list::mark(node);
     return true;
   }
 
   /// Effects: unlinks every marked node. When it returns, none that was marked before the call can be reached from the
   /// head. The section is the witness of rule H1. Progress: lock-free.
-  void sweep(const section&) noexcept {
-    while (!sweep_once()) {
-    }
-  }
+  void sweep(const section&) noexcept { detail::marked_list::sweep(head_); }
 
   /// Effects: declares the removal complete; the node may be inserted again or destroyed. Precondition: mark() said
   /// true, sweep() has returned, and a grace period of the domain has passed since.
@@ -142,7 +134,7 @@ class lockfree_hlist {
       detail::violated("L6", "lockfree_hlist::remove_async", "the removal object is in use");
       return errc::already_registered;
     }
-    mark_claimed(node);
+    detail::marked_list::mark(node);
     unlink();
     r.node = &node;
     r.done = done;
@@ -157,44 +149,17 @@ class lockfree_hlist {
   }
 
   /// Walks the nodes that are not deleted, newest first: `for (Node& n : list)`.
-  class iterator {
-   public:
-    [[gnu::always_inline]] explicit iterator(std::uintptr_t link) noexcept { settle(link); }
-    [[gnu::always_inline]] Node& operator*() const noexcept { return static_cast<Node&>(*here_); }
-    [[gnu::always_inline]] iterator& operator++() noexcept {
-      settle(next_);
-      return *this;
-    }
-    [[gnu::always_inline]] bool operator==(std::nullptr_t) const noexcept { return here_ == nullptr; }
-
-   private:
-    /// Goes to the first node from `link` on that is not deleted.
-    [[gnu::always_inline]] void settle(std::uintptr_t link) noexcept {
-      for (; link != 0; link = next_ & ~deleted) {
-        here_ = node_at(link);
-        next_ = here_->next_.load(std::memory_order_acquire);  // (h4)
-        if ((next_ & deleted) == 0) [[likely]]
-          return;
-      }
-      here_ = nullptr;
-    }
-    hlist_node* here_ = nullptr;
-    std::uintptr_t next_ = 0;  ///< read when the walk came here, so a node that is deleted under it is left behind
-  };
+  using iterator = detail::marked_list::iterator<Node>;
 
   /// Precondition of a walk: inside a read section of the domain, which a bracket may hold without an object.
   /// Progress: wait-free. Context: whoever walks may sleep, insert, and mark; but not wait for the domain.
   [[gnu::always_inline]] iterator begin() const noexcept {
-    return iterator(head_.load(std::memory_order_acquire));  // (h4) pairs with (h3), (h5), (h6)
+    // (h4) acquire pairs with (h3), (h5), (h6), which are in marked_list.hpp.
+    return iterator(head_.load(std::memory_order_acquire));
   }
   static constexpr std::nullptr_t end() noexcept { return nullptr; }
 
  private:
-  static constexpr std::uintptr_t deleted = 1;
-
-  static std::uintptr_t address(hlist_node& n) noexcept { return reinterpret_cast<std::uintptr_t>(&n); }
-  static hlist_node* node_at(std::uintptr_t link) noexcept { return reinterpret_cast<hlist_node*>(link); }
-
   /// Returns: true for the one caller who may mark the node, or take that back.
   static bool claim(hlist_node& n) noexcept {
     auto live = hlist_node::state::live;
@@ -205,48 +170,19 @@ class lockfree_hlist {
   static void unclaim(hlist_node& n) noexcept {
     n.state_.store(hlist_node::state::live, std::memory_order_release);  // (h7) pairs with (h8)
   }
-  static void mark_claimed(hlist_node& n) noexcept {
-    // (h5) release pairs with (h4): what was done before the deletion is visible to whoever sees the mark.
-    n.next_.fetch_or(deleted, std::memory_order_release);
-  }
 
   /// Rule H1.
   void unlink() noexcept {
     if constexpr (detail::mutated(detail::mutation::sweep_outside_section)) {
-      while (!sweep_once()) {
-      }
+      detail::marked_list::sweep(head_);
     } else {
       const section s(domain_);
       sweep(s);
     }
   }
 
-  /// One walk. Returns: false if a neighbour changed under it and it must be repeated.
-  bool sweep_once() noexcept {
-    std::atomic<std::uintptr_t>* link = &head_;
-    std::uintptr_t here = link->load(std::memory_order_acquire);  // (h4)
-    while (here != 0) {
-      // A predecessor that was deleted meanwhile shows its mark in the link: the walk must start anew.
-      if ((here & deleted) != 0) return false;
-      hlist_node* n = node_at(here);
-      const std::uintptr_t next = n->next_.load(std::memory_order_acquire);  // (h4)
-      if ((next & deleted) == 0) {
-        link = &n->next_;
-        here = next;
-        continue;
-      }
-      const std::uintptr_t after = next & ~deleted;
-      // (h6) release pairs with (h4): `after` was read with acquire; passing it on keeps its initialisation visible.
-      if (!link->compare_exchange_strong(here, after, std::memory_order_release, std::memory_order_relaxed)) {
-        return false;
-      }
-      here = after;
-    }
-    return true;
-  }
-
   Domain& domain_;
-  std::atomic<std::uintptr_t> head_{0};
+  detail::marked_list::head head_{0};
 };
 
 MMUNOTIFY_END_NAMESPACE

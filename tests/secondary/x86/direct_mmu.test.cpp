@@ -95,8 +95,7 @@ TEST_CASE_TEMPLATE("K1: nothing is installed over a bracket that is open or has 
   m.check();
 }
 
-TEST_CASE_TEMPLATE("K2, K3: brackets, slots and releases leave nothing usable, and tables that are empty go", F,
-                   FORMATS) {
+TEST_CASE_TEMPLATE("K3: brackets, slots and releases leave nothing usable, and tables that are empty go", F, FORMATS) {
   direct_machine<F> m;
   for (std::uint64_t i = 0; i < 8; ++i) CHECK(touch(m.cpu, m.at(i), access::write).at == m.now(i));
   m.migrate(3);

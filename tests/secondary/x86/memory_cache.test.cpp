@@ -54,6 +54,12 @@ void* operator new(std::size_t n, std::align_val_t a, const std::nothrow_t&) noe
   if (p == nullptr) std::abort();
   return p;
 }
+[[gnu::noinline]] void* operator new(std::size_t n, std::align_val_t a) {
+  const auto alignment = static_cast<std::size_t>(a);
+  void* const p = std::aligned_alloc(alignment, (n + alignment - 1) / alignment * alignment);
+  if (p == nullptr) std::abort();
+  return p;
+}
 [[gnu::noinline]] void* operator new[](std::size_t n) { return operator new(n); }
 [[gnu::noinline]] void operator delete(void* p) noexcept { std::free(p); }
 [[gnu::noinline]] void operator delete[](void* p) noexcept { std::free(p); }

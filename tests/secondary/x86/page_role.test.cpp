@@ -63,6 +63,11 @@ TEST_CASE("the role of a root differs with everything that changes what entries 
   const page_role two = page_role::root(c, 2, table_format::four_byte);
   c.pse = false;
   CHECK(page_role::root(c, 2, table_format::four_byte) != two);
+  c.pse = true;
+  c.maxphyaddr = 36;
+  CHECK(page_role::root(c, 2, table_format::four_byte) == two);
+  c.pse36_bits = 36;
+  CHECK(page_role::root(c, 2, table_format::four_byte) != two);
 }
 
 TEST_CASE("two processors that differ in what is reserved share no table") {

@@ -50,8 +50,12 @@ struct interval_hooks {
   /// to end.
   bool (*start)(void* set, const basic_invalidation<Key>&, pending_passes<Key>&, void*& memo) noexcept;
   void (*end)(void* set, const basic_invalidation<Key>&, void* memo) noexcept;
+  /// In place of end, when a subscriber refused after the intervals had started: everything is as before (P4).
+  void (*cancel)(void* set, const basic_invalidation<Key>&, void* memo) noexcept;
   bool (*ask_young)(void* set, young_hook<Key>, basic_range<Key>, bool first_yes) noexcept;
   void (*invalidate_secondary_tlbs)(void* set, basic_range<Key>) noexcept;
+  /// The audience goes; nothing is registered.
+  void (*destroy)(void* set) noexcept;
 };
 
 template <address_key Key, class Platform>
@@ -144,7 +148,10 @@ class audience {
       return true;
     }
     observer.note(observe::occurrence::refusal, 1);
-    if (refused != nullptr) call_end(i, g, memo, observer, refused);
+    if (refused != nullptr) {
+      if (memo != nullptr) first->cancel(first->set, i, memo);
+      call_end(i, g, nullptr, observer, refused);
+    }
     return false;
   }
 
@@ -234,16 +241,16 @@ class audience {
     return nullptr;
   }
 
-  /// Effects: brackets that start from now on call the intervals, too.
+  /// Null: there are none, and never were.
+  [[gnu::always_inline]] const interval_hooks<Key>* intervals() const noexcept {
+    return intervals_.load(std::memory_order_acquire);  // (n12) pairs with (n11)
+  }
+  /// Effects: brackets that start from now on call the intervals, too. Once.
   void set_intervals(const interval_hooks<Key>* hooks) noexcept {
     intervals_.store(hooks, std::memory_order_release);  // (n11) pairs with (n12)
   }
 
  protected:
-  [[gnu::always_inline]] const interval_hooks<Key>* intervals() const noexcept {
-    return intervals_.load(std::memory_order_acquire);  // (n12) pairs with (n11)
-  }
-
   /// What a start has done so far.
   struct started {
     std::uint64_t calls = 0;

@@ -36,7 +36,6 @@ class registry : public roster<Key, Platform> {
   using base::note;
   using base::pins_;
   using base::unlink;
-  using base::unpin;
   using base::writers_;
 
  public:
@@ -44,6 +43,7 @@ class registry : public roster<Key, Platform> {
   using section = typename base::section;
   using base::grace_period;
   using base::pin_locked;
+  using base::unpin;
   using typename base::done_hook;
 
   registry() = default;
@@ -56,6 +56,7 @@ class registry : public roster<Key, Platform> {
       busy = pins_ != 0;
     }
     if (busy) static_cast<void>(barrier());
+    if (const auto* const i = this->intervals(); i != nullptr) i->destroy(i->set);
   }
 
   // --- Leaving. -----------------------------------------------------------------------------------------------------
@@ -127,7 +128,9 @@ class registry : public roster<Key, Platform> {
       return errc::would_deadlock;
     }
     wait_for_zero(adopted_);
-    for (int step = 0; step < 4; ++step) domain_.barrier();  // a removal's last step comes out of its third
+    // A removal's last step comes out of its third. After an interval's three, its anchor may leave.
+    const int steps = this->intervals() != nullptr ? 12 : 4;
+    for (int step = 0; step < steps; ++step) domain_.barrier();
     return errc::ok;
   }
 

@@ -110,6 +110,14 @@ class tracked_gate {
 
   MMUNOTIFY_COLD errc barrier() noexcept { return registry_.barrier(); }
 
+  /// Effects: f(registry), with its writers' mutex held; for what brackets need not know at once. Errors: released.
+  template <class F>
+  MMUNOTIFY_COLD errc while_armed(F f) noexcept {
+    if (const errc e = registry_.domain().status(); e != errc::ok) return e;
+    const std::lock_guard lock(registry_.writers());
+    return released_ ? errc::released : f(registry_);
+  }
+
   MMUNOTIFY_COLD errc release() noexcept {
     if (registry_.would_deadlock("address_space::release")) return errc::would_deadlock;
     {

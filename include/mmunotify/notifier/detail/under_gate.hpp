@@ -151,6 +151,21 @@ class under_gate {
     }
   }
 
+  /// Effects: f(registry) while the space is armed, with the writers' mutex held; for what brackets need not know at
+  /// once. Errors: lock_not_held if the space is disarmed, released.
+  template <class F>
+  MMUNOTIFY_COLD errc while_armed(F f) noexcept {
+    while (true) {
+      const std::uintptr_t seen = word_.load(std::memory_order_acquire);  // (u2)
+      if (seen <= released) return seen == 0 ? errc::lock_not_held : errc::released;
+      entry* const r = at(seen);
+      const std::lock_guard lock(r->writers());
+      const std::uintptr_t now = word_.load(std::memory_order_relaxed);
+      if (at(now) != r) continue;  // its last subscriber has just left
+      return (now & released) != 0 ? errc::released : f(*r);
+    }
+  }
+
   /// A space that is disarmed has nothing to wait for: it stays armed until removals are over.
   MMUNOTIFY_COLD errc barrier() noexcept {
     registry_type* const r = named();

@@ -56,7 +56,7 @@ struct mmu_statistics {
   std::uint64_t tracked_writes = 0;   ///< guest_write calls that hit a shadowed table
   std::uint64_t pages_zapped = 0;     ///< shadow pages taken down
   std::uint64_t downgraded = 0;       ///< leaves that lost write access because the primary withdrew it
-  std::uint64_t changed = 0;          ///< leaves that got another frame in place
+  std::uint64_t replaced = 0;         ///< leaves that got another frame in place
   std::uint64_t resynced = 0;         ///< lowest-level tables compared with the guest's after it wrote them freely
   std::uint64_t mmio_hits = 0;        ///< accesses that were known to be MMIO without a fault
   std::uint64_t fast_writes = 0;      ///< leaves that were made writable without the MMU lock
@@ -77,7 +77,7 @@ class mmu_counters {
     tracked_writes,
     pages_zapped,
     downgraded,
-    changed,
+    replaced,
     resynced,
     mmio_hits,
     fast_writes,
@@ -90,7 +90,7 @@ class mmu_counters {
   mmu_statistics read() const noexcept {
     const auto get = [&](counter c) { return values_[c].load(std::memory_order_relaxed); };
     return {get(faults),          get(retries),        get(installs),     get(zapped),     get(flushes),
-            get(write_protected), get(tracked_writes), get(pages_zapped), get(downgraded), get(changed),
+            get(write_protected), get(tracked_writes), get(pages_zapped), get(downgraded), get(replaced),
             get(resynced),        get(mmio_hits),      get(fast_writes),  get(large),      get(roots_reused)};
   }
 

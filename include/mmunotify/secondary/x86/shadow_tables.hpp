@@ -181,7 +181,7 @@ class shadow_tables {
         if (level > 1 || frame.value >= shadow_entry::frame_limit) return zap_list(l);
         l.for_each([&](entry_place at) {
           at.page->replace_frame(at.index, frame);
-          counters_.add(mmu_counters::changed);
+          counters_.add(mmu_counters::replaced);
         });
         flush_due_ = true;
       });

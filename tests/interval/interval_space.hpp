@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+// A set of intervals with what an address space adds to it: sections, and brackets as scopes.
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <mmunotify/interval/detail/interval_set.hpp>
+
+namespace mmunotify {
+inline namespace MMUNOTIFY_ABI {
+/// Sees an interval's word.
+struct interval_probe {
+  template <class Key>
+  static std::uint64_t word(const basic_interval<Key>& n) noexcept {
+    return n.word_.load();
+  }
+  /// Precondition: idle.
+  template <class Key>
+  static void start_at(basic_interval<Key>& n, std::uint64_t sequence) noexcept {
+    n.word_.~collision_word();
+    new (&n.word_) detail::collision_word(sequence);
+  }
+};
+}  // namespace MMUNOTIFY_ABI
+}  // namespace mmunotify
+
+template <class Key>
+struct basic_interval_space {
+  using range_type = mmunotify::basic_range<Key>;
+  using invalidation_type = mmunotify::basic_invalidation<Key>;
+
+  mmunotify::srcu_domain domain;
+  mmunotify::detail::interval_set<Key> set{domain};
+  mmunotify::observe::counters seen;
+
+  /// Start where it is made, end where it goes.
+  class bracket {
+   public:
+    explicit bracket(basic_interval_space& s, const invalidation_type& i) : space_(&s), what_(i) {
+      s.domain.read_lock_unordered();
+      mmunotify::detail::pending_passes<Key> passes;
+      open_ = s.set.start(what_, memo_, passes, s.seen);
+      passes.finish_all(what_);
+      if (!open_) s.domain.read_unlock_unordered();
+    }
+    bracket(const bracket&) = delete;
+    bracket& operator=(const bracket&) = delete;
+    ~bracket() { end(); }
+    explicit operator bool() const { return open_; }
+    void end() {
+      if (!std::exchange(open_, false)) return;
+      space_->set.end(what_, memo_, space_->seen);
+      space_->domain.read_unlock_unordered();
+    }
+    /// A subscriber that comes after the intervals refuses.
+    void cancel() {
+      if (!std::exchange(open_, false)) return;
+      space_->set.cancel(what_, memo_, space_->seen);
+      space_->domain.read_unlock_unordered();
+    }
+
+   private:
+    basic_interval_space* space_;
+    invalidation_type what_;
+    mmunotify::detail::flight_memo memo_{};
+    bool open_ = false;
+  };
+
+  bracket invalidate(range_type r, mmunotify::event e = mmunotify::event::unmap, const void* owner = nullptr) {
+    return bracket(*this, {.range = r, .event = e, .owner = owner});
+  }
+  bracket try_invalidate(range_type r) { return bracket(*this, {.range = r, .blockable = false}); }
+
+  /// Removes it without waiting, then waits until it is free.
+  void remove_later(mmunotify::basic_interval<Key>& n) {
+    static_cast<void>(set.remove_async(n));
+    while (n.registered()) domain.barrier();
+  }
+};
+
+using interval_space = basic_interval_space<std::uintptr_t>;
