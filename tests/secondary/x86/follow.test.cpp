@@ -22,7 +22,7 @@ struct fixture : machine_of<Mode> {
 };
 }  // namespace
 
-TEST_CASE("K5: a guest write to a table of 4-byte entries takes exactly the shadows of the entries that it touches") {
+TEST_CASE("a guest write to a table of 4-byte entries takes exactly the shadows of the entries that it touches") {
   fixture<x86::two_level> f(4096);
   const std::uint64_t pages[] = {0x1fe000, 0x1ff000, 0x200000, 0x201000, 0x202000};  // around the middle of a table
   gpa first{};
@@ -50,7 +50,7 @@ TEST_CASE("K5: a guest write to a table of 4-byte entries takes exactly the shad
   hits(0b1110);
 }
 
-TEST_CASE("K5: a write to a page directory of 4-byte entries takes both shadows of its entry, in its quadrant alone") {
+TEST_CASE("a write to a page directory of 4-byte entries takes both shadows of its entry, in its quadrant alone") {
   fixture<x86::two_level> f;
   const std::uint64_t pages[] = {0x40000000, 0x40200000, 0x40400000, 0x80000000, 0x00000000};
   std::uint64_t frame = 1;
