@@ -183,6 +183,7 @@ enum class mutation : int {
   pdptes_not_in_key = 72,    ///< a PAE root is found by CR3 alone
   stale_pdptes = 73,         ///< writes of control registers do not load the PDPTEs
   pse_not_in_role = 74,      ///< CR4.PSE is no part of a shadow page's role
+  keys_of_the_fault = 75,    ///< protection keys are judged when a leaf is made and not at each access
 };
 
 /// True in the build that has this one protection removed.

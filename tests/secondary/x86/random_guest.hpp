@@ -85,6 +85,7 @@ struct random_guest {
     if (chance(40)) e |= pte::accessed;
     if (chance(40)) e |= pte::dirty;
     if (chance(5) && sizeof(entry) == 8) e |= pte::no_execute;
+    if (chance(30) && Mode::has_keys) e |= below(16) << pte::protection_key_shift;
     if (chance(8)) e = (e & ~pte::address) | pte::large | (chance(70) && sizeof(entry) == 8 ? run << 12 : 0);
     return e;
   }
@@ -142,7 +143,7 @@ struct random_guest {
   void change_registers(cpu_type& cpu) {
     const std::uint64_t cr3 = (32 + below(2)) * page_size, now = cpu.registers().cr3;
     const bool on = chance(50);
-    switch (below(8)) {
+    switch (below(10)) {
       case 0: reload(cpu, cr3, true, [&] { return cpu.set_cr3(cr3); }); break;
       case 1: cpu.set_wp(on); break;
       case 2: reload(cpu, now, on != cpu.registers().smep, [&] { return cpu.set_smep(on); }); break;
@@ -150,7 +151,23 @@ struct random_guest {
       case 4: cpu.set_nxe(chance(80)); break;
       case 5: cpu.set_ac(on); break;
       case 6: reload(cpu, now, on != cpu.registers().pse, [&] { return cpu.set_pse(on); }); break;
+      case 7: change_keys(cpu); break;
       default: cpu.set_cpl(on ? 3 : 0); break;
+    }
+  }
+
+  /// Keys of modes that have none are switched on as well, and mean nothing.
+  void change_keys(cpu_type& cpu) {
+    const auto some_rights = [this] { return static_cast<std::uint32_t>(random() & random()); };
+    switch (below(3)) {
+      case 0: cpu.set_pkru(some_rights()); break;
+      case 1: cpu.set_pkrs(some_rights()); break;
+      default: {
+        x86::control_registers next = cpu.controls();
+        next.cr4 ^= chance(50) ? x86::cr4::pke : x86::cr4::pks;
+        next.pkru = some_rights();
+        REQUIRE(cpu.set_controls(next) == errc::ok);
+      }
     }
   }
 

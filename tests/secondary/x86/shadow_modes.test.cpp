@@ -365,9 +365,6 @@ TEST_CASE("an MMU refuses the modes that it is not for, and registers that canno
   r = f.cpu.controls();
   r.cr4 &= ~x86::cr4::pae;
   CHECK(f.cpu.set_controls(r) == errc::bad_range);  // long mode without PAE
-  r = f.cpu.controls();
-  r.cr4 |= x86::cr4::pke;
-  CHECK(f.cpu.set_controls(r) == errc::access_denied);
   CHECK(f.cpu.set_controls(f.cpu.controls(), {.maxphyaddr = 53}) == errc::bad_range);
   CHECK(f.cpu.controls().cr4 == x86::controls_of(f.cpu.registers(), paging::long_4).cr4);
 }
@@ -456,6 +453,68 @@ TEST_CASE("one table that is read in three ways has three shadows, and a write t
   CHECK(b.m.write({table}, static_cast<std::uint32_t>(0x7000 | rwu | used)) == errc::ok);
   for (auto& cpu : cpus) CHECK(touch(*cpu, va, access::write).at == b.m.now({0x7000}));
   CHECK(b.m.broken() == "");
+}
+
+TEST_CASE("protection keys are judged at each access, and their registers are written without a fault or a flush") {
+  using x86::fault_code;
+  fixture<x86::long_mode_4> f(2048);
+  f.host.place(f.host_of({0x400000}));
+  const auto key = [](std::uint64_t k) { return k << pte::protection_key_shift; };
+  const gpa user = f.map({0x400000}, {0x5000}, rwu | used | key(3));
+  f.map({0x401000}, {0x6000}, rw | used | key(3));
+  f.map({0x600000}, {0x400000}, rwu | used | key(5), 2);  // a part of it, on small pages of the host
+  f.map({0x800000}, {0x400000}, rwu | used | key(6), 2);  // the same frames by another key
+  f.map({0x402000}, {0x7000000}, rwu | used | key(3));    // MMIO
+  x86::control_registers r = f.cpu.controls();
+  r.cr3 = f.root;
+  r.cr4 |= x86::cr4::pke | x86::cr4::pks;
+  REQUIRE(f.cpu.set_controls(r) == errc::ok);
+  const auto code = [&](std::uint64_t a, x86::access how) {
+    const outcome o = touch(f.cpu, gva{a}, how).result;
+    return o.what == outcome::page_fault ? o.code.bits : o.what == outcome::done ? 0U : ~0U;
+  };
+  constexpr std::uint32_t denied = fault_code::present | fault_code::protection_key;
+  for (const std::uint64_t a : {0x400000, 0x401000, 0x600000, 0x800000}) CHECK(code(a, access::write) == 0);
+  CHECK(code(0x402000, access::read) == ~0U);
+  const auto faults = f.mmu.statistics().faults, flushes = f.mmu.statistics().flushes;
+  f.cpu.set_pkru(1U << 6);  // AD of key 3
+  CHECK(code(0x401000, access::write) == 0);
+  CHECK(code(0x600000, access::write) == 0);
+  CHECK_FALSE(f.cpu.hits({0x400000}, access::read));
+  f.cpu.set_pkru(2U << 6);  // WD
+  CHECK(f.cpu.hits({0x400000}, access::read));
+  CHECK_FALSE(f.cpu.hits({0x400000}, access::write));
+  f.cpu.set_pkru(1U << 10);  // of the large page
+  CHECK_FALSE(f.cpu.hits({0x600000}, access::read));
+  CHECK(f.cpu.hits({0x800000}, access::read));
+  f.cpu.set_pkru(1U << 12);
+  CHECK(f.cpu.hits({0x600000}, access::read));
+  CHECK_FALSE(f.cpu.hits({0x800000}, access::read));
+  f.cpu.set_pkru(0);
+  f.cpu.set_pkrs(1U << 6);
+  CHECK(f.cpu.hits({0x400000}, access::write));
+  CHECK_FALSE(f.cpu.hits({0x401000}, access::read));
+  CHECK(f.mmu.statistics().faults == faults);
+  CHECK(f.mmu.statistics().flushes == flushes);
+  CHECK(code(0x401000, access::read) == denied);
+  f.cpu.set_pkru(3U << 6);
+  CHECK(code(0x400000, access::read) == denied);
+  CHECK(code(0x402000, access::read) == denied);
+  CHECK(touch(f.cpu, gva{0x400000}, access::read).at == nullptr);
+  f.cpu.set_pkru(2U << 6);
+  CHECK(code(0x400000, access::write) == (denied | fault_code::write));
+  f.cpu.set_wp(false);  // WD binds a supervisor with CR0.WP alone
+  CHECK(code(0x400000, access::write) == 0);
+  f.cpu.set_wp(true);
+  f.cpu.set_pkru(1U << 6);
+  CHECK(code(0x400000, access::read) == denied);
+  CHECK(f.write64(user, 0x5000 | rwu | used | key(4)) == errc::ok);  // the guest gives it another key
+  CHECK(code(0x400000, access::read) == 0);
+  r = f.cpu.controls();
+  r.cr4 &= ~x86::cr4::pks;
+  CHECK(f.cpu.set_controls(r) == errc::ok);
+  CHECK(code(0x401000, access::read) == 0);
+  f.check();
 }
 
 TEST_CASE("every access in every mode has the outcome, the address and the traces of a walk made anew") {

@@ -242,12 +242,6 @@ TEST_CASE("control registers have their checks and their effects") {
   f.cpu.invlpg(va);
   CHECK(f.cpu.hits(va, access::read));
   x86::walk_context c = f.cpu.registers();
-  c.pke = true;
-  CHECK(f.cpu.set_registers(c) == errc::access_denied);
-  c.pke = false;
-  c.pks = true;
-  CHECK(f.cpu.set_registers(c) == errc::access_denied);
-  c.pks = false;
   c.maxphyaddr = 53;
   CHECK(f.cpu.set_registers(c) == errc::bad_range);
   c.maxphyaddr = 40;

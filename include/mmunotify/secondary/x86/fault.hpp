@@ -26,7 +26,8 @@
 // direct pages. A provider that has large frames says so by mapping_shift (large_frame_provider).
 //
 // A frame that no slot holds is MMIO. The leaf's place remembers that, with the generation of the slots, so that the
-// next access is known to be MMIO without a walk of the guest's tables.
+// next access is known to be MMIO without a walk of the guest's tables; not of a page with a protection key, for which
+// that place has no room.
 
 #include <concepts>
 #include <cstdint>
@@ -89,6 +90,8 @@ class fault_path {
     /// The part of the guest's leaf that an entry of this level stands for has no guest table below it. Without paging
     /// everything is a part of one leaf.
     bool in_leaf(unsigned level) const noexcept { return walk.end_level == 0 || level <= walk.end_level; }
+    /// The protection key of the guest's leaf.
+    unsigned key() const noexcept { return Mode::has_keys ? walk.protection_key() : 0; }
     /// The highest level that the guest's leaf would fill an entry of.
     unsigned leaf_level() const noexcept { return walk.end_level == 0 ? top_leaf_level : walk.end_level; }
   };
@@ -129,7 +132,7 @@ class fault_path {
     const gfn frame = frame_of(t.walk.address);
     if (const errc e = page.pin(backing_, frame, is_write(t.how)); e != errc::ok) {
       const outcome o = outcome_of(e, t.walk.address);
-      return page.at() || frame.value >= shadow_entry::frame_limit ? o : remember_mmio(t, o);
+      return page.at() || frame.value >= shadow_entry::frame_limit || t.key() != 0 ? o : remember_mmio(t, o);
     }
     if (page.lease().frame.value >= shadow_entry::frame_limit) return outcome_of(errc::not_mapped, t.walk.address);
     const unsigned most = t.leaf_level() > 1 ? host_level(page) : 1;
@@ -162,7 +165,7 @@ class fault_path {
     if (tracked && is_write(t.how)) return {.what = outcome::write_tracked, .address = t.walk.address};
     // A table in the large frame may have been shadowed on the way down, as one of this walk's own.
     if (level > 1 && leaf_level_locked(page, level) != level) return {.what = outcome::again};
-    const shadow_entry leaf = leaf_for(t.context(), t.how, t.walk, page, tracked, level);
+    const shadow_entry leaf = leaf_for(t.context(), t.how, t.walk, page, tracked, level).with_key(t.key());
     tables_.map(*last, shadow_index(t.a, level), aligned_to(page.frame(), level), leaf, t.v.stock);
     if (level > 1) counters_.add(mmu_counters::large);
     return {};
@@ -228,8 +231,9 @@ class fault_path {
     const bool part = t.in_leaf(level);
     const gfn below = part ? first_frame(t.walk.address, level - 1) : layout::table_below(t.context(), t.walk, level);
     const unsigned quadrant = detail::mutated(detail::mutation::one_quadrant) ? 0 : layout::quadrant(t.a, level - 1);
-    const page_role role = part ? p.role.part_below(leaf_rights(t.context(), t.how, t.walk), t.walk.granted.user())
-                                : p.role.table_below(guest_walker<Mode>::rights_above(t.walk, level - 1), quadrant);
+    const page_role role =
+        part ? p.role.part_below(leaf_rights(t.context(), t.how, t.walk), t.walk.granted.user(), t.key())
+             : p.role.table_below(guest_walker<Mode>::rights_above(t.walk, level - 1), quadrant);
     shadow_page* child = linked(p, i, below, role);
     if (child == nullptr) child = table_locked(below, role, t.v.stock);
     if (child != nullptr) tables_.link(p, i, *child, t.v.stock);

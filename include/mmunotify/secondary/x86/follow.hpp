@@ -186,6 +186,7 @@ class table_follower {
     const std::uint64_t needed = pte::present | pte::accessed | (leaf.may_write() ? pte::dirty : 0);
     if ((entry & (Mode::reserved(1, c.format()) | needed)) != needed) return false;
     if (frame_of(Mode::frame(entry, 1)) != p.leaf_frame(n)) return false;
+    if (Mode::has_keys && (entry & pte::protection_key) >> pte::protection_key_shift != leaf.key()) return false;
     const rights granted = rights_in(Mode::grants(entry, 1)) & p.role.access();
     if (leaf.may_write() && !granted.writable()) return false;
     return covers(granted, leaf.allows()) && leaf.guest_user() == granted.user();

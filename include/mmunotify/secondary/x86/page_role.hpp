@@ -12,6 +12,7 @@
 //   level, format, quadrant   how the table is read. A table of 4-byte entries has 1024 of them: at level 1 two shadow
 //                             pages cover it, at level 2 four, told apart by the quadrant.
 //   direct, guest_user        a part of a large guest leaf, with no table behind it, and that leaf's U
+//   key                       of a direct page: the protection key of its leaves
 //   access                    what the levels above grant; of a direct page, the rights of its leaves
 //   wp                        CR0.WP: with WP=0 the supervisor's writes make leaves that no guest entry grants
 //   smep, smap without wp     with WP=1 both are judged at the access and the tables do not know of them; with WP=0
@@ -82,6 +83,7 @@ class page_role {
     return level() == 3 && direct() == (format() == table_format::none);
   }
   constexpr bool guest_user() const noexcept { return has(guest_user_at); }
+  constexpr unsigned key() const noexcept { return get(key_at, 4); }
   constexpr rights access() const noexcept { return {static_cast<std::uint8_t>(get(access_at, 3))}; }
   constexpr bool wp() const noexcept { return has(wp_at); }
   constexpr bool invalid() const noexcept { return has(invalid_at); }
@@ -100,8 +102,8 @@ class page_role {
   }
   /// The role of a part of a large leaf in this table. Leaves that share a direct page must agree in all that its
   /// entries say: whether the page may be written already as well (two leaves have two dirty bits).
-  constexpr page_role part_below(rights leaf_rights, bool user_in_guest) const noexcept {
-    return table_below(leaf_rights).with(direct_at, true).with(guest_user_at, user_in_guest);
+  constexpr page_role part_below(rights leaf_rights, bool user_in_guest, unsigned key = 0) const noexcept {
+    return table_below(leaf_rights).with(direct_at, true).with(guest_user_at, user_in_guest).put(key_at, 4, key);
   }
 
   /// Whether tables of both roles are read by the same processor in the same state: all but place and rights is equal.
@@ -115,7 +117,7 @@ class page_role {
  private:
   static constexpr unsigned level_at = 0, format_at = 3, quadrant_at = 5, direct_at = 7, guest_user_at = 8,
                             access_at = 9, wp_at = 12, nxe_at = 13, smep_at = 14, smap_at = 15, pse_at = 16,
-                            gib_at = 17, amd_at = 18, width_at = 19, invalid_at = 24;
+                            gib_at = 17, amd_at = 18, width_at = 19, invalid_at = 24, key_at = 25;
 
   /// The width that decides about reserved bits. 4-byte entries have some in 4 MiB pages alone.
   static constexpr unsigned width(const walk_context& c, table_format format) noexcept {

@@ -43,9 +43,9 @@ constexpr rights changed(rights r, std::uint8_t more, std::uint8_t less) noexcep
 }
 
 /// A 64-bit shadow entry: x86 bits where the hardware would read them, and some that it would ignore.
-/// Leaf: frame number in bits 12..51. Link: the address of a shadow page in bits 10..62. Not present, but not zero: the
-/// guest maps a frame there that is in no slot (MMIO): guest frame in bits 12..51, in bits 52..62 the generation of the
-/// slots of which that is true.
+/// Leaf: frame number in bits 12..51, protection key in bits 59..62. Link: the address of a shadow page in bits 10..62.
+/// Not present, but not zero: the guest maps a frame there that is in no slot (MMIO): guest frame in bits 12..51, in
+/// bits 52..62 the generation of the slots of which that is true.
 class shadow_entry {
  public:
   static constexpr std::uint64_t present_bit = 1;
@@ -100,7 +100,15 @@ class shadow_entry {
   }
   constexpr rights allows() const noexcept { return rights_in(long_mode_4::grants(bits_, 1)); }
   /// Precondition: a leaf.
-  constexpr pfn frame() const noexcept { return {(bits_ & ~no_execute_bit) >> page_shift}; }
+  constexpr pfn frame() const noexcept { return {(bits_ & pte::address) >> page_shift}; }
+  /// The guest's. Precondition: a leaf.
+  constexpr unsigned key() const noexcept {
+    return static_cast<unsigned>((bits_ & pte::protection_key) >> pte::protection_key_shift);
+  }
+  /// Preconditions: a leaf without a key; key < 16.
+  constexpr shadow_entry with_key(unsigned key) const noexcept {
+    return with(std::uint64_t{key} << pte::protection_key_shift);
+  }
   /// Precondition: a link.
   shadow_page* child() const noexcept {
     return reinterpret_cast<shadow_page*>(bits_ & ~std::uint64_t{shadow_page_alignment - 1});

@@ -136,7 +136,7 @@ class shadow_tables {
       ++p.present;
     }
     const shadow_entry was = p.exchange(i, leaf);
-    if (was.present() && !covers(leaf.allows(), was.allows())) flush_due_ = true;
+    if (was.present() && (!covers(leaf.allows(), was.allows()) || leaf.key() != was.key())) flush_due_ = true;
     if (was.dirty() && !leaf.dirty() && slot.logs(dirty_tracking::dirty_bits)) slot.mark_dirty(frame);
     if (leaf.allows().writable() && slot.logs(dirty_tracking::write_protect)) slot.mark_dirty(frame);
     counters_.add(mmu_counters::installs);

@@ -19,13 +19,15 @@
 //   INVLPG                    one TLB entry, and its shadow leaf if the table may be out of step
 // All but INVLPG bring shadow tables that are out of step with the guest's up to date (unsync.hpp), as does
 // flush_tlb().
-//   CPL, EFLAGS.AC            nothing: rights are judged at each access
+//   CPL, EFLAGS.AC, PKRU,
+//   PKRS                      nothing: rights are judged at each access, and leaves and TLB entries know their keys
+//   CR4.PKE/PKS               TLB
 //
 // In PAE paging a write of CR3, and of some bits of CR0 and CR4, loads the PDPTEs from guest memory, and can fail.
 //
 // Context: every member is for the thread that runs the vCPU, outside callbacks and guest mode.
-// Limits: no protection keys (CR4.PKE and CR4.PKS are refused in long modes). Whether a change of mode takes the way
-// that the manual prescribes is its writer's business; the registers are checked as they are after it.
+// Limits: whether a change of mode takes the way that the manual prescribes is its writer's business; the registers are
+// checked as they are after it.
 
 #include <concepts>
 #include <cstddef>
@@ -101,13 +103,15 @@ class vcpu {
   void set_nxe(bool on) noexcept { set_bit(state_.context.nxe, controls_.efer, efer::nxe, on); }   ///< EFER.NXE
   void set_ac(bool on) noexcept { state_.context.ac = on; }                                        ///< EFLAGS.AC
   void set_cpl(unsigned level) noexcept { state_.context.cpl = level & 3; }
+  void set_pkru(std::uint32_t rights) noexcept { state_.context.pkru = controls_.pkru = rights; }  ///< WRPKRU
+  void set_pkrs(std::uint32_t rights) noexcept { state_.context.pkrs = controls_.pkrs = rights; }  ///< IA32_PKRS
   /// CR4.SMEP, CR4.PSE. Errors: as set_cr3, in PAE paging alone.
   errc set_smep(bool on) noexcept { return set_cr4(cr4::smep, on); }
   errc set_pse(bool on) noexcept { return set_cr4(cr4::pse, on); }
 
   /// MOV to CR0, CR3, CR4, WRMSR of EFER, or several of them at once; the paging mode may be another one afterwards.
-  /// Errors: as set_cr3; bad_range (check_registers), disabled (a mode that the MMU is not for), access_denied
-  /// (protection keys); nothing is changed then.
+  /// Errors: as set_cr3; bad_range (check_registers), disabled (a mode that the MMU is not for); nothing is changed
+  /// then.
   errc set_controls(const control_registers& next) noexcept { return take(next, processor_of(state_.context), false); }
   /// The same for a vCPU that gets a state, and another processor: PDPTEs are loaded in any case.
   errc set_controls(const control_registers& next, const processor& p) noexcept { return take(next, p, true); }
@@ -183,7 +187,7 @@ class vcpu {
   outcome touch(gva a, x86::access how, F& f) noexcept {
     const guest_mode_section in{mmu_.gate(), state_.port, tlb_};
     const tlb_entry* e = tlb_.find(a);
-    if (e == nullptr || !permits(e->allows, e->guest_user, how)) [[unlikely]] {
+    if (e == nullptr || !permits(e->allows, e->guest_user, e->key, how)) [[unlikely]] {
       if (const outcome o = walk(a, how); o.what != outcome::done) return o;
       e = tlb_.find(a);
     }
@@ -192,13 +196,26 @@ class vcpu {
   }
 
   /// SMEP and SMAP ask for the guest's U, users for ours.
-  bool permits(rights allows, bool guest_user, x86::access how) const noexcept {
+  bool permits(rights allows, bool guest_user, unsigned key, x86::access how) const noexcept {
+    if (state_.context.pke || state_.context.pks) [[unlikely]] {
+      if (key_forbids(guest_user, key, how)) return false;
+    }
     walk_context c = state_.context;
     c.wp = true;
     if (has_mode<modes>(paging::none) && state_.mode == paging::none) c.smep = c.smap = false;  // there is no U
     const bool u = is_user(how, c) ? allows.user() : guest_user;
     const rights seen = changed(allows, u ? rights::user_bit : 0, u ? 0 : rights::user_bit);
     return !contains(forbidden_rights(c, how), seen);
+  }
+
+  bool key_forbids(bool guest_user, unsigned key, x86::access how) const noexcept {
+    return in_mode<modes>(state_.mode, [&]<class Mode>(std::type_identity<Mode>) noexcept {
+      if constexpr (Mode::has_keys && !detail::mutated(detail::mutation::keys_of_the_fault)) {
+        return (forbidden_keys(state_.context, how, guest_user) >> 2 * key & 1) != 0;
+      } else {
+        return false;
+      }
+    });
   }
 
   /// Effects: walks the shadow tables and fills the TLB. Returns: as touch. Context: guest mode; lock-free.
@@ -219,7 +236,7 @@ class vcpu {
 
   outcome use_mmio(shadow_entry e, gva a, x86::access how) noexcept {
     const bool good = e.of_generation(mmu_.slots().current().generation());
-    if (!good || !permits(e.allows(), e.guest_user(), how)) return {.what = outcome::again};
+    if (!good || !permits(e.allows(), e.guest_user(), 0, how)) return {.what = outcome::again};
     mmu_.counters().add(mmu_counters::mmio_hits);
     return {.what = outcome::not_mapped, .address = base_of(e.mmio_frame()) + a.offset()};
   }
@@ -233,7 +250,7 @@ class vcpu {
       if (!e.present() || !e.is_leaf()) return false;
       const bool upgrade = is_write(how) && e.may_write() && !e.allows().writable();
       const shadow_entry wanted = e.with(used | (upgrade ? shadow_entry::write_bit : 0));
-      if (!permits(wanted.allows(), e.guest_user(), how)) return false;
+      if (!permits(wanted.allows(), e.guest_user(), e.key(), how)) return false;
       if (wanted == e) break;
       if (update(p, i, e, wanted, upgrade)) {
         e = wanted;
@@ -243,7 +260,7 @@ class vcpu {
     // Writes before the dirty bit is set must come here again.
     const std::uint64_t inside = (a.value >> page_shift) & (frames_at(level) - 1);
     tlb_.insert(a, mmu_.provider().data(e.frame() + inside), changed(e.allows(), 0, e.dirty() ? 0 : rights::write_bit),
-                e.guest_user());
+                e.guest_user(), e.key());
     return true;
   }
 
@@ -288,7 +305,6 @@ class vcpu {
     if (check_registers(next, p) != errc::ok || (next.cr3 & bit_range(p.maxphyaddr, 63)) != 0) return errc::bad_range;
     if (!has_mode<modes>(m)) return errc::disabled;
     walk_context c = context_of(next, p);
-    if ((c.pke || c.pks) && (m == paging::long_4 || m == paging::long_5)) return errc::access_denied;
     c.ac = state_.context.ac;
     c.cpl = state_.context.cpl;
     c.pdptes = state_.context.pdptes;

@@ -160,7 +160,8 @@ class table_check {
       require(!slot->config().read_only, "a read-only slot is mapped writable");
     }
     require(covers(most_below(p.role), e.allows()), "a leaf grants more than the tables above it");
-    require(!p.role.direct() || e.guest_user() == p.role.guest_user(), "a direct page's leaf differs from its role");
+    require(!p.role.direct() || (e.guest_user() == p.role.guest_user() && e.key() == p.role.key()),
+            "a direct page's leaf differs from its role");
   }
 
   void check_large(memslot& slot, gfn frame, unsigned level, shadow_entry e) noexcept {
