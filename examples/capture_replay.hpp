@@ -51,18 +51,7 @@ struct report {
 
 inline unsigned long long wide(std::uint64_t v) noexcept { return v; }
 
-/// Calls f(std::type_identity<Mode>{}) with the policy of a mode that the shadow MMU knows. Returns: false if it does
-/// not.
-template <class F>
-bool with_paging_mode(mode m, F&& f) {
-  switch (m) {
-    case mode::long_4: f(std::type_identity<x86::long_mode_4>{}); return true;
-    case mode::long_5: f(std::type_identity<x86::long_mode_5>{}); return true;
-    default: return false;
-  }
-}
-
-/// The same with the walker's policy, which every mode has.
+/// Calls f(std::type_identity<Mode>{}) with the policy of the mode.
 template <class F>
 void with_walked_mode(mode m, F&& f) {
   x86::visit_mode(paging_of(m), std::forward<F>(f));

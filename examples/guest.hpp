@@ -113,12 +113,8 @@ class machine {
     return at != tables_.pages.end() && at->where == f.value * page_size ? at->words[index] : 0;
   }
 
-  /// The registers of a vCPU of this guest. Protection keys are left out: Linux gives every page of these guests key 0.
-  x86::walk_context registers() const noexcept {
-    x86::walk_context c = capture::context_of(tables_.regs, tables_.maxphyaddr);
-    c.pke = c.pks = false;
-    return c;
-  }
+  /// The registers of a vCPU of this guest. PKRU is not captured; Linux gives every page of these guests key 0.
+  x86::walk_context registers() const noexcept { return capture::context_of(tables_.regs, tables_.maxphyaddr); }
 
   /// Judges a read in guest mode. Returns: null, or what is wrong.
   const char* judge_read(gfn f, const std::byte* page) noexcept {

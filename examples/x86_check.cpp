@@ -3,8 +3,8 @@
 // x86_check FILE...: does the library see in captured page tables what the processor saw?
 //
 // Reads captures (formats: tests/data/README.md; the kind is found by the first bytes), asks the page walker what each
-// one answers, for the tables of a Linux guest with 4 or 5 levels the shadow MMU as well, and prints one line per file,
-// with the first mismatches in full.
+// one answers, for the tables of a Linux guest the shadow MMU as well, and prints one line per file, with the first
+// mismatches in full.
 // Exit status: 0 all agree, 1 something does not, 2 a file cannot be read.
 
 #include <cstdio>
@@ -22,18 +22,16 @@ namespace {
 
 enum verdict : int { agrees = 0, differs = 1, unusable = 2 };
 
-/// Through the shadow MMU, if it knows the mode.
+/// Through the shadow MMU.
 template <class Mode>
 void check_shadow(const capture::linux_tables& t, std::type_identity<Mode>, capture::report& out) {
-  if constexpr (mmunotify::x86::shadowed_mode<Mode>) {
-    capture::shadow_translator<Mode> shadow{t};
-    if (!shadow) return out.mismatch("the shadow MMU cannot be set up for this guest");
-    capture::report shadowed;
-    capture::check_linux_capture(t, shadow, shadowed);
-    if (const char* broken = shadow.verify(); broken != nullptr) shadowed.mismatch("broken: %s", broken);
-    out.mismatches += shadowed.mismatches;
-    for (const std::string& line : shadowed.first) out.first.push_back("shadow MMU: " + line);
-  }
+  capture::shadow_translator<Mode> shadow{t};
+  if (!shadow) return out.mismatch("the shadow MMU cannot be set up for this guest");
+  capture::report shadowed;
+  capture::check_linux_capture(t, shadow, shadowed);
+  if (const char* broken = shadow.verify(); broken != nullptr) shadowed.mismatch("broken: %s", broken);
+  out.mismatches += shadowed.mismatches;
+  for (const std::string& line : shadowed.first) out.first.push_back("shadow MMU: " + line);
 }
 
 /// Linux's tables twice: by the walker, and through the shadow MMU.
@@ -83,9 +81,9 @@ verdict check_file(const char* path) {
 constexpr const char usage[] =
     "usage: x86_check FILE...\n"
     "\n"
-    "Walks captured x86 page tables with the library's page walker, and those of Linux guests with 4 and 5 levels\n"
-    "through its shadow MMU too, and compares the results with what the processor answered. FILE is a capture of a\n"
-    "Linux guest's tables, of KVM_TRANSLATE, a block of the access matrix, a file of random accesses or a list of\n"
+    "Walks captured x86 page tables with the library's page walker, and those of Linux guests through its shadow MMU\n"
+    "too, and compares the results with what the processor answered. FILE is a capture of a Linux guest's tables, of "
+    "KVM_TRANSLATE, a block of the access matrix, a file of random accesses or a list of\n"
     "PSE-36 translations, as in tests/data/x86 (formats: tests/data/README.md), of any paging mode.\n"
     "\n"
     "Exit status: 0 everything agrees, 1 there are mismatches, 2 a file cannot be used (the others still are).\n";

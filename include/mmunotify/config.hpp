@@ -179,6 +179,12 @@ enum class mutation : int {
   large_over_table = 67,     ///< a large leaf may hold a shadowed table
   no_entry_recheck = 68,     ///< guest entries are not read again under the lock
   stale_sync = 69,           ///< a table that the guest wrote freely is taken for unchanged
+  one_quadrant = 70,         ///< all parts of a table of 4-byte entries are taken for the first one
+  wide_written_zap = 71,     ///< a guest write counts 8-byte entries in a table of 4-byte ones
+  pdptes_not_in_key = 72,    ///< a PAE root is found by CR3 alone
+  stale_pdptes = 73,         ///< writes of control registers do not load the PDPTEs
+  pse_not_in_role = 74,      ///< CR4.PSE is no part of a shadow page's role
+  keys_of_the_fault = 75,    ///< protection keys are judged when a leaf is made and not at each access
 };
 
 /// True in the build that has this one protection removed.

@@ -3,6 +3,7 @@
 #include <doctest/doctest.h>
 
 #include <cstdint>
+#include <tuple>
 #include <type_traits>
 
 #include <mmunotify/secondary/x86/control_registers.hpp>
@@ -132,4 +133,28 @@ TEST_CASE("a mode that is known at run time is visited with its policy") {
   CHECK(levels(paging::pae) == 3);
   CHECK(levels(paging::long_4) == 4);
   CHECK(levels(paging::long_5) == 5);
+}
+
+TEST_CASE("registers are made of a context, and the same context of them, in every mode") {
+  using x86::paging;
+  for (const paging m : {paging::none, paging::two_level, paging::pae, paging::long_4, paging::long_5}) {
+    for (unsigned flags = 0; flags < 128; ++flags) {
+      const auto on = [&](unsigned n) { return (flags >> n & 1) != 0; };
+      x86::walk_context c;
+      c.cr3 = 0x5000;
+      c.wp = on(0), c.pse = on(1), c.smep = on(2), c.smap = on(3), c.pke = on(4), c.pks = on(5), c.nxe = on(6);
+      c.pkru = 3, c.pkrs = 12;
+      c.maxphyaddr = 36, c.gib_pages = false, c.pse36_bits = 33, c.amd = true;
+      const x86::control_registers r = x86::controls_of(c, m);
+      CHECK(x86::mode_of(r) == m);
+      CHECK(x86::check_registers(r, x86::processor_of(c)) == errc::ok);
+      const x86::walk_context again = x86::context_of(r, x86::processor_of(c));
+      CHECK(again.cr3 == c.cr3);
+      CHECK(std::tie(again.wp, again.pse, again.smep, again.smap) == std::tie(c.wp, c.pse, c.smep, c.smap));
+      CHECK(std::tie(again.pke, again.pks, again.nxe, again.amd) == std::tie(c.pke, c.pks, c.nxe, c.amd));
+      CHECK(std::tie(again.pkru, again.pkrs) == std::tie(c.pkru, c.pkrs));
+      CHECK(std::tie(again.maxphyaddr, again.gib_pages) == std::tie(c.maxphyaddr, c.gib_pages));
+      CHECK(again.pse36_bits == c.pse36_bits);
+    }
+  }
 }

@@ -87,10 +87,11 @@ TEST_CASE("K1: a bracket that runs while the fault waits for the MMU lock is see
   x86::mmu_window window;
   x86::shadow_tables tables{slots, gate, counters, 100};
   x86::fault_path<scripted_host, x86::long_mode_4> faults({host, slots, window, tables.lock()}, tables, counters);
+  x86::table_follower<scripted_host, x86::long_mode_4> guest({host, slots, window, tables.lock()}, tables, counters);
   REQUIRE(slots.add({.id = 1, .base = {0}, .pages = 8, .host = ram_base}, tables.lock()) == errc::ok);
   for (std::uint64_t level = 4; level > 0; --level) {  // tables at frames 4 to 1; the page is frame 5
     const std::uint64_t entry = (level == 1 ? 5 : level - 1) * page_size | rwu | used;
-    REQUIRE(faults.guest_write({level * page_size}, std::as_bytes(std::span(&entry, 1))) == errc::ok);
+    REQUIRE(guest.guest_write({level * page_size}, std::as_bytes(std::span(&entry, 1))) == errc::ok);
   }
   x86::vcpu_state cpu;
   cpu.context.cr3 = 4 * page_size;

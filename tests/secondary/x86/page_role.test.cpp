@@ -64,10 +64,39 @@ TEST_CASE("the role of a root differs with everything that changes what entries 
   c.pse = false;
   CHECK(page_role::root(c, 2, table_format::four_byte) != two);
   c.pse = true;
-  c.maxphyaddr = 36;
+  c.maxphyaddr = 45;  // 4 MiB pages alone have reserved bits, by the lesser width
   CHECK(page_role::root(c, 2, table_format::four_byte) == two);
   c.pse36_bits = 36;
-  CHECK(page_role::root(c, 2, table_format::four_byte) != two);
+  const page_role narrow = page_role::root(c, 2, table_format::four_byte);
+  CHECK(narrow != two);
+  c.maxphyaddr = 36;
+  CHECK(page_role::root(c, 2, table_format::four_byte) == narrow);
+  c.pse36_bits = 40;
+  CHECK(page_role::root(c, 2, table_format::four_byte) == narrow);
+}
+
+TEST_CASE("a role says whether there is a table behind the page, and whether it may be a root") {
+  const auto role = [](table_format f, unsigned level) { return page_role().with_format(f).with_level(level); };
+  for (const table_format f : {table_format::four_byte, table_format::pae}) {
+    CHECK(role(f, 3).has_links_alone());
+    CHECK(role(f, 3).may_be_root());
+    CHECK_FALSE(role(f, 3).has_table());
+    for (const unsigned level : {1U, 2U}) {
+      CHECK(role(f, level).has_table());
+      CHECK_FALSE(role(f, level).may_be_root());
+    }
+  }
+  for (unsigned level = 1; level <= 5; ++level) {
+    CHECK(role(table_format::long_mode, level).has_table());
+    CHECK(role(table_format::long_mode, level).may_be_root() == (level >= 4));
+  }
+  const page_role part = role(table_format::none, 4).part_below(rights{}, true);
+  CHECK_FALSE(part.has_table());
+  CHECK(part.may_be_root());
+  CHECK_FALSE(part.part_below(rights{}, true).may_be_root());
+  CHECK_FALSE(role(table_format::long_mode, 5).part_below(rights{}, true).may_be_root());
+  CHECK(role(table_format::four_byte, 3).table_below(rights{}, 3).quadrant() == 3);
+  CHECK(role(table_format::four_byte, 2).with_quadrant(3).table_below(rights{}).quadrant() == 0);
 }
 
 TEST_CASE("two processors that differ in what is reserved share no table") {
@@ -97,7 +126,7 @@ TEST_CASE("with CR0.WP=1 SMEP and SMAP come and go without a fault") {
   REQUIRE(cpu.set_cr3(m.root) == errc::ok);
   REQUIRE(touch(cpu, va, access::fetch).result.what == outcome::done);
   const auto faults = m.mmu.statistics().faults;
-  cpu.set_smep(true);
+  CHECK(cpu.set_smep(true) == errc::ok);
   CHECK(touch(cpu, va, access::fetch).result.what == outcome::page_fault);
   CHECK(touch(cpu, va, access::read).result.what == outcome::done);
   cpu.set_smap(true);

@@ -137,11 +137,13 @@ class scripted_host {
 
 static_assert(frame_provider<scripted_host> && x86::large_frame_provider<scripted_host>);
 
-using mmu_type = x86::shadow_mmu<scripted_host>;
-using cpu_type = x86::vcpu<mmu_type>;
-
 /// A VM with one slot of `pages` pages at guest frame 0, page tables in its upper half, root at the first of them.
-struct machine {
+/// Modes: what the MMU is for; Mode: how the test writes tables.
+template <class Mode, class Modes = Mode>
+struct machine_of {
+  using mmu_type = x86::shadow_mmu<scripted_host, Modes>;
+  using cpu_type = x86::vcpu<mmu_type>;
+  using entry = typename Mode::entry_type;
   static constexpr std::uint64_t pages = 64;
   static constexpr std::uint64_t first_table = 32;
 
@@ -150,7 +152,7 @@ struct machine {
   std::uint64_t next_table = first_table;
   std::uint64_t root = new_table();
 
-  explicit machine(std::uint64_t slot_pages = pages, const x86::mmu_options& o = {}) : mmu(host, o) {
+  explicit machine_of(std::uint64_t slot_pages = pages, const x86::mmu_options& o = {}) : mmu(host, o) {
     for (std::uint64_t i = 0; i < pages; ++i) host.place(ram_base + i * page_size);
     slot_error = mmu.add_slot({.id = 1, .base = {0}, .pages = slot_pages, .host = ram_base});
   }
@@ -158,27 +160,39 @@ struct machine {
 
   static hva host_of(gpa a) { return ram_base + a.value; }
   std::uint64_t new_table() { return next_table++ * page_size; }
+  std::byte* now(gpa a) { return host.bytes(host_of(a)); }
 
-  std::uint64_t read64(gpa a) {
-    return std::atomic_ref<std::uint64_t>(*reinterpret_cast<std::uint64_t*>(host.bytes(host_of(a)))).load();
+  template <class Word>
+  Word read(gpa a) {
+    return std::atomic_ref<Word>(*reinterpret_cast<Word*>(host.bytes(host_of(a)))).load();
   }
-  errc write64(gpa a, std::uint64_t value) {
-    return mmu.guest_write(a, std::as_bytes(std::span<const std::uint64_t>(&value, 1)));
+  template <class Word>
+  errc write(gpa a, Word value) {
+    return mmu.guest_write(a, std::as_bytes(std::span<const Word>(&value, 1)));
   }
-  /// The entry's place; tables on the way are made, with these bits.
+  std::uint64_t read64(gpa a) { return read<std::uint64_t>(a); }
+  errc write64(gpa a, std::uint64_t value) { return write(a, value); }
+  /// The entry's place; tables on the way are made, with these bits (PDPTEs have none but P).
+  template <class M = Mode>
   gpa entry_at(gva a, unsigned level, std::uint64_t top, std::uint64_t upper_bits = rwu) {
+    using word = typename M::entry_type;
     gpa table{top};
-    for (unsigned l = x86::long_mode_4::levels;; --l) {
-      const gpa where = table + x86::long_mode_4::index(a, l) * 8;
+    for (unsigned l = M::levels;; --l) {
+      const gpa where = table + M::index(a, l) * sizeof(word);
       if (l == level) return where;
-      if ((read64(where) & pte::present) == 0) static_cast<void>(write64(where, new_table() | upper_bits));
-      table = x86::long_mode_4::table(read64(where));
+      const std::uint64_t bits = M::top_in_registers && l == M::levels ? pte::present : upper_bits;
+      if ((read<word>(where) & pte::present) == 0) {
+        static_cast<void>(write(where, static_cast<word>(new_table() | bits)));
+      }
+      table = M::table(read<word>(where));
     }
   }
   /// Maps a to `to` by an entry of this level.
+  template <class M = Mode>
   gpa map(gva a, gpa to, std::uint64_t bits = rwu, unsigned level = 1) {
-    const gpa where = entry_at(a, level, root);
-    static_cast<void>(write64(where, to.value | bits | (level > 1 ? pte::large : 0)));
+    const gpa where = entry_at<M>(a, level, root);
+    static_cast<void>(
+        write(where, static_cast<typename M::entry_type>(to.value | bits | (level > 1 ? pte::large : 0))));
     return where;
   }
   void start(range r, event e = event::unmap) { mmu.invalidate_range_start({.range = r, .event = e}); }
@@ -190,7 +204,15 @@ struct machine {
     host.migrate(host_of(page));
     end(r);
   }
+  std::string broken() {
+    const char* what = mmu.verify();
+    return what == nullptr ? "" : what;
+  }
 };
+
+using machine = machine_of<x86::long_mode_4>;
+using mmu_type = machine::mmu_type;
+using cpu_type = machine::cpu_type;
 
 /// The host address that the access would use; null if it did not come to pass.
 struct seen {

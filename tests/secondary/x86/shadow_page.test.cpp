@@ -5,6 +5,7 @@
 #include <doctest/doctest.h>
 
 #include <memory>
+#include <set>
 #include <vector>
 
 using namespace mmunotify;
@@ -123,4 +124,50 @@ TEST_CASE("the index finds every page among many, and forgets the removed ones")
   for (std::size_t i = 0; i < pages.size(); ++i) {
     REQUIRE((index.find(pages[i]->frame, pages[i]->role) != nullptr) == (i % 2 == 1));
   }
+}
+
+TEST_CASE("what a write to a guest table touches of a shadow page: whole entries, in its quadrant, both of a pair") {
+  using x86::table_format;
+  const auto touched = [](x86::page_role r, unsigned first, unsigned last) {
+    std::set<unsigned> entries;
+    const auto span = x86::shadow_page::shadows_of(r, first, last);
+    for (unsigned i = span.first; i <= span.last; ++i) entries.insert(i);
+    return entries;
+  };
+  using set = std::set<unsigned>;
+  const x86::page_role wide = x86::page_role(), narrow = x86::page_role().with_format(table_format::four_byte);
+  CHECK(touched(wide, 15, 16) == set{1, 2});
+  CHECK(touched(wide, 4095, 4095) == set{511});
+  CHECK(touched(narrow, 3, 4) == set{0, 1});
+  CHECK(touched(narrow, 2047, 2048) == set{511});
+  CHECK(touched(narrow, 2048, 4095).empty());
+  const x86::page_role second = narrow.with_quadrant(1);
+  CHECK(touched(second, 2047, 2048) == set{0});
+  CHECK(touched(second, 0, 2047).empty());
+  CHECK(touched(second, 0, 4095).size() == 512);
+  const x86::page_role directory = narrow.with_level(2).with_quadrant(2);
+  CHECK(touched(directory, 2048, 2048) == set{0, 1});
+  CHECK(touched(directory, 2047, 2052) == set{0, 1, 2, 3});
+  CHECK(touched(directory, 3071, 3072) == set{510, 511});
+  CHECK(touched(directory, 3072, 4095).empty());
+  CHECK(touched(directory, 0, 2047).empty());
+}
+
+TEST_CASE("a page of links is found by the registers that it was made from, any other page is not") {
+  const auto index = std::make_unique<x86::page_index>();
+  const auto links = x86::page_role().with_format(x86::table_format::pae).with_level(3);
+  std::array<x86::shadow_page, 3> pages;
+  for (auto& p : pages) p.frame = {7};
+  pages[0].role = pages[1].role = links;
+  pages[0].registers = {0x1001, 0, 0, 0};
+  pages[1].registers = {0x1001, 0, 0, 0x2001};
+  pages[2].role = links.table_below(rights{});
+  for (auto& p : pages) index->insert(p);
+  CHECK(index->find({7}, links, 0, {0x1001, 0, 0, 0}) == &pages[0]);
+  CHECK(index->find({7}, links, 0, {0x1001, 0, 0, 0x2001}) == &pages[1]);
+  CHECK(index->find({7}, links) == nullptr);
+  CHECK(index->find({7}, pages[2].role, 0, {1, 2, 3, 4}) == &pages[2]);
+  CHECK(index->tracked({7}));
+  index->remove(pages[2]);
+  CHECK_FALSE(index->tracked({7}));
 }

@@ -36,7 +36,7 @@ struct fixture {
     CHECK(found() == "");
   }
   std::string found() {
-    const char* broken = x86::table_check(tables, window, zapping).run(4);
+    const char* broken = x86::table_check(tables, window, zapping).run();
     return broken == nullptr ? "" : broken;
   }
   /// Effects: sets an entry behind everybody's back. Returns: what the check says; puts it back.
@@ -141,4 +141,88 @@ TEST_CASE("the self-check names a writable mapping of a shadowed table, and a ro
   f.gate.detach_locked(port);
   f.tables.set_released(true);
   CHECK(f.found() == "a released MMU has shadow pages");
+}
+
+namespace {
+/// A directory of 4-byte entries below its page of links, with one table in two halves.
+struct narrow_fixture {
+  x86::flush_gate gate;
+  x86::memslots slots{gate.domain()};
+  x86::mmu_counters counters;
+  x86::mmu_window window, zapping;
+  x86::shadow_tables tables{slots, gate, counters, 100};
+  x86::fault_stock stock;
+  shadow_page* links;
+  shadow_page* directory;
+
+  explicit narrow_fixture(x86::table_format format, const x86::directory_registers& registers = {}) {
+    CHECK(slots.add({.id = 1, .base = {0}, .pages = 4096, .host = ram_base}, tables.lock()) == errc::ok);
+    refill();
+    const page_role top = page_role().with_format(format).with_level(3);
+    links = &tables.get({40}, top, stock, registers);
+    const bool narrow = format == x86::table_format::four_byte;
+    directory = &below(*links, 1, narrow ? gfn{40} : gfn{41}, narrow ? 1 : 0);
+    CHECK(found() == "");
+  }
+  void refill() { REQUIRE(stock.fill() == errc::ok); }
+  shadow_page& below(shadow_page& p, unsigned i, gfn frame, unsigned quadrant) {
+    refill();
+    shadow_page& child = tables.get(frame, p.role.table_below(rights{}, quadrant), stock);
+    tables.link(p, i, child, stock);
+    tables.commit();
+    return child;
+  }
+  std::string found() {
+    const char* broken = x86::table_check(tables, window, zapping).run();
+    return broken == nullptr ? "" : broken;
+  }
+  void undo(shadow_page& p, unsigned i) {
+    tables.drop(p, i);
+    tables.commit();
+    CHECK(found() == "");
+  }
+};
+}  // namespace
+
+TEST_CASE("the self-check names a link to the wrong part of a table of 4-byte entries, and halves that do not match") {
+  narrow_fixture f(x86::table_format::four_byte);
+  f.below(*f.directory, 6, {43}, 0);
+  f.below(*f.directory, 7, {43}, 1);
+  CHECK(f.found() == "");
+  f.below(*f.directory, 8, {43}, 1);
+  CHECK(f.found() == "a link leads to another part of a table");
+  f.undo(*f.directory, 8);
+  f.below(*f.directory, 7, {44}, 1);
+  CHECK(f.found() == "the halves of a guest's entry do not belong together");
+  f.refill();
+  f.tables.map(*f.directory, 7, {512}, shadow_entry::leaf({512}, rights{0}, false), f.stock);
+  f.tables.commit();
+  CHECK(f.found() == "an entry of the guest's is half a table");
+  f.undo(*f.directory, 7);
+  f.undo(*f.directory, 6);
+  f.tables.map(*f.directory, 6, {1024}, shadow_entry::leaf({1024}, rights{0}, false), f.stock);
+  f.refill();
+  f.tables.map(*f.directory, 7, {1536}, shadow_entry::leaf({2048}, rights{0}, false), f.stock);
+  CHECK(f.found() == "");
+  f.refill();
+  f.tables.map(*f.directory, 7, {2048}, shadow_entry::leaf({2048}, rights{0}, false), f.stock);
+  f.tables.commit();
+  CHECK(f.found() == "the halves of a guest's entry do not belong together");
+}
+
+TEST_CASE("the self-check names a page of links that has more than four, or others than its registers say") {
+  narrow_fixture narrow(x86::table_format::four_byte);
+  narrow.below(*narrow.links, 2, {41}, 2);
+  CHECK(narrow.found() == "a link leads to another directory than the registers");
+  narrow.undo(*narrow.links, 2);
+  narrow.below(*narrow.links, 4, {40}, 0);
+  CHECK(narrow.found() == "a page of four entries has another one");
+  narrow_fixture pae(x86::table_format::pae, {0, 41 * page_size | 1, 42 * page_size | 1, 0});
+  pae.below(*pae.links, 2, {42}, 0);
+  CHECK(pae.found() == "");
+  pae.below(*pae.links, 2, {41}, 0);
+  CHECK(pae.found() == "a link leads to another directory than the registers");
+  pae.undo(*pae.links, 2);
+  pae.below(*pae.links, 3, {41}, 0);
+  CHECK(pae.found() == "a link leads to another directory than the registers");
 }

@@ -120,6 +120,24 @@ constexpr walk_context context_of(const control_registers& r, const processor& p
   return c;
 }
 
+/// Registers and a processor of which context_of makes this context (PDPTEs, CPL and AC aside), in this mode.
+constexpr control_registers controls_of(const walk_context& c, paging m) noexcept {
+  const auto put = [](bool on, std::uint64_t flag) { return on ? flag : 0; };
+  const bool long_mode = m == paging::long_4 || m == paging::long_5;
+  control_registers r;
+  r.cr0 = cr0::pe | put(m != paging::none, cr0::pg) | put(c.wp, cr0::wp);
+  r.cr3 = c.cr3;
+  r.cr4 = put(long_mode || m == paging::pae, cr4::pae) | put(m == paging::long_5, cr4::la57) | put(c.pse, cr4::pse) |
+          put(c.smep, cr4::smep) | put(c.smap, cr4::smap) | put(c.pke, cr4::pke) | put(c.pks, cr4::pks);
+  r.efer = put(long_mode, efer::lme | efer::lma) | put(c.nxe, efer::nxe);
+  r.pkru = c.pkru;
+  r.pkrs = c.pkrs;
+  return r;
+}
+constexpr processor processor_of(const walk_context& c) noexcept {
+  return {.maxphyaddr = c.maxphyaddr, .gib_pages = c.gib_pages, .pse36_bits = c.pse36_bits, .amd = c.amd};
+}
+
 /// Calls f(std::type_identity<Mode>{}) with the mode's policy and returns what it returns.
 template <class F>
 constexpr decltype(auto) visit_mode(paging m, F&& f) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-// The fault path: from a guest access to a shadow leaf, and a guest's write to its own page tables.
+// The fault path: from a guest access to a shadow leaf.
 //
 // In this order, because each step protects the next:
 //    1 stock up                 everything that the lock-free part cannot allocate later
@@ -13,8 +13,8 @@
 //                               again after its table was write-protected, level by level while linking
 //    6 install, reverse-map, unlock, unpin: from here the notifier alone protects the mapping
 // A collision undoes nothing, since nothing was done but linking tables that are right for themselves: the outcome is
-// `again`. Steps 2 and 3 may block on the primary and take its locks; 4 to 6 call nobody (K5). A guest write is done in
-// the same order, and nothing is guessed from what it writes: the next fault reads it.
+// `again`. Steps 2 and 3 may block on the primary and take its locks; 4 to 6 call nobody (K5). What the guest does to
+// its tables is in follow.hpp, in the same order; nothing is guessed from what it writes: the next fault reads it.
 //
 // Rights of the leaf: those of the guest's walk; not writable while the guest's dirty bit is clear (so that the first
 // write comes here), if the host lent the frame read-only, or if the frame is a shadowed table. Where CR0.WP=0 lets the
@@ -26,36 +26,28 @@
 // direct pages. A provider that has large frames says so by mapping_shift (large_frame_provider).
 //
 // A frame that no slot holds is MMIO. The leaf's place remembers that, with the generation of the slots, so that the
-// next access is known to be MMIO without a walk of the guest's tables.
+// next access is known to be MMIO without a walk of the guest's tables; not of a page with a protection key, for which
+// that place has no room.
 
-#include <array>
-#include <atomic>
 #include <concepts>
-#include <cstddef>
 #include <cstdint>
 #include <mutex>
-#include <span>
-#include <thread>
+#include <type_traits>
 
 #include <mmunotify/base/address.hpp>
 #include <mmunotify/base/frame.hpp>
 #include <mmunotify/base/result.hpp>
 #include <mmunotify/config.hpp>
 #include <mmunotify/secondary/x86/backing.hpp>
+#include <mmunotify/secondary/x86/follow.hpp>
 #include <mmunotify/secondary/x86/guest_walker.hpp>
 #include <mmunotify/secondary/x86/outcome.hpp>
+#include <mmunotify/secondary/x86/shadow_modes.hpp>
 #include <mmunotify/secondary/x86/shadow_tables.hpp>
 #include <mmunotify/secondary/x86/tlb.hpp>
 
 MMUNOTIFY_BEGIN_NAMESPACE
 namespace x86 {
-
-/// Modes that can be shadowed: 512 entries of 8 bytes in every table, as the shadow tables have.
-template <class M>
-concept shadowed_mode =
-    paging_mode<M> && std::same_as<typename M::entry_type, std::uint64_t> && (M::levels == 4 || M::levels == 5);
-
-static_assert(shadowed_mode<long_mode_4> && shadowed_mode<long_mode_5>);
 
 /// A provider that has frames larger than 4 KiB.
 ///   mapping_shift(a)  log2 of the size of an aligned run of host pages around `a` that one aligned run of frames with
@@ -66,20 +58,9 @@ concept large_frame_provider = frame_provider<P> && requires(P& p, hva a) {
   { p.mapping_shift(a) } noexcept -> std::same_as<unsigned>;
 };
 
-/// What the fault path knows of a vCPU. Context: its owner thread, but for the port.
-struct vcpu_state {
-  walk_context context{};
-  vcpu_port port{};
-  fault_stock stock{};
-};
-
-template <frame_provider Provider, shadowed_mode Mode>
+template <frame_provider Provider, shadowed_modes Modes>
 class fault_path {
  public:
-  /// The role of the top shadow table of a processor in this state.
-  static constexpr page_role root_role(const walk_context& c) noexcept {
-    return page_role::root(c, Mode::levels, table_format::long_mode);
-  }
   /// unsync: the guest may write lowest-level tables without being noticed, until it flushes (unsync.hpp).
   fault_path(backing<Provider> b, shadow_tables& tables, mmu_counters& counters, bool unsync = false) noexcept
       : backing_(b), tables_(tables), counters_(counters), unsync_(unsync) {}
@@ -90,105 +71,43 @@ class fault_path {
     counters_.add(mmu_counters::faults);
     if (tables_.released()) return {.what = outcome::released};
     if (restock(v.stock) != errc::ok) return {.what = outcome::no_memory};
-    walked_tables<Provider> tables(backing_);
+    return in_mode<Modes>(
+        v.mode, [&]<class Mode>(std::type_identity<Mode>) noexcept { return counted(fault_in<Mode>(v, a, how)); });
+  }
+
+ private:
+  /// A fault, from step 2 on.
+  template <walked_mode Mode>
+  struct attempt {
+    using tables_type = walked_tables<Provider, typename Mode::entry_type>;
+    vcpu_state& v;
+    gva a;
+    access how;
+    tables_type& tables;
+    const walk_result& walk;
+
+    const walk_context& context() const noexcept { return v.context; }
+    /// The part of the guest's leaf that an entry of this level stands for has no guest table below it. Without paging
+    /// everything is a part of one leaf.
+    bool in_leaf(unsigned level) const noexcept { return walk.end_level == 0 || level <= walk.end_level; }
+    /// The protection key of the guest's leaf.
+    unsigned key() const noexcept { return Mode::has_keys ? walk.protection_key() : 0; }
+    /// The highest level that the guest's leaf would fill an entry of.
+    unsigned leaf_level() const noexcept { return walk.end_level == 0 ? top_leaf_level : walk.end_level; }
+  };
+
+  template <walked_mode Mode>
+  outcome fault_in(vcpu_state& v, gva address, access how) noexcept {
+    const gva a = shadow_layout<Mode>::linear(address);
+    typename attempt<Mode>::tables_type tables(backing_);
     const walk_result walk = guest_walker<Mode>(v.context).walk(tables, a, how);
     switch (walk.status) {
-      case walk_status::ok: return counted(resolve(v, a, how, walk, tables));
+      case walk_status::ok: return resolve(attempt<Mode>{v, a, how, tables, walk});
       case walk_status::page_fault: return {.what = outcome::page_fault, .code = walk.code};
       case walk_status::general_protection: return {.what = outcome::general_protection};
       case walk_status::memory_error: break;
     }
-    return counted(outcome_of(tables.error(), walk.entry(walk.end_level).where));
-  }
-
-  /// Effects: writes guest memory for the guest, each aligned 8-byte word in one piece; where it hits a shadowed table,
-  /// exactly the shadows of the entries that it touches are gone, on every vCPU, when it returns. (K5)
-  /// Errors: bad_range (wraps), not_mapped (no slot, or the host has nothing), access_denied (read-only), released,
-  /// no_memory; pages before the one that failed are written. Context: as fault.
-  errc guest_write(gpa where, std::span<const std::byte> bytes) noexcept {
-    if (bytes.size() > UINT64_MAX - where.value) return errc::bad_range;
-    while (!bytes.empty()) {
-      const auto room = static_cast<std::size_t>(page_size - where.offset());
-      const auto piece = bytes.first(bytes.size() < room ? bytes.size() : room);
-      const errc e = write_in_page(where, piece);
-      if (e == errc::again) {
-        counters_.add(mmu_counters::retries);
-        std::this_thread::yield();
-        continue;
-      }
-      if (e != errc::ok) return e;
-      bytes = bytes.subspan(piece.size());
-      where = where + piece.size();
-    }
-    return errc::ok;
-  }
-
-  /// Effects: tables that the guest had written freely when it is called are in step with their shadows: the guest has
-  /// flushed its TLB. Context: as fault.
-  void synchronise(const walk_context& c) noexcept {
-    std::array<gfn, sync_batch> frames;
-    for (std::size_t left = tables_.unsync_count(); left > 0; left -= left < sync_batch ? left : sync_batch) {
-      std::size_t n = 0;
-      {
-        const std::lock_guard locked{tables_.lock()};
-        n = tables_.unsync_frames(frames);
-      }
-      if (n == 0) return;
-      synchronise(c, std::span(frames).first(n));
-    }
-  }
-
-  /// Effects: the guest has flushed this address alone: its entry, if it may be out of step, is gone.
-  /// Context: the vCPU's thread, outside guest mode, without the MMU lock.
-  void invalidate(vcpu_state& v, gva a) noexcept {
-    if (tables_.unsync_count() == 0) return;
-    const std::lock_guard locked{tables_.lock()};
-    shadow_page* p = v.port.root();
-    for (unsigned level = Mode::levels; p != nullptr; --level) {
-      const auto i = static_cast<unsigned>(Mode::index(a, level));
-      if (level == 1) {
-        if (p->unsync) tables_.drop(*p, i);
-        break;
-      }
-      const shadow_entry e = p->load(i);
-      p = e.present() && !e.is_leaf() ? e.child() : nullptr;
-    }
-    tables_.commit();
-  }
-
- private:
-  static constexpr std::size_t sync_batch = 4;
-
-  void synchronise(const walk_context& c, std::span<const gfn> frames) noexcept {
-    std::array<pinned_frame<Provider>, sync_batch> pins;
-    for (std::size_t i = 0; i < frames.size(); ++i) {
-      if (pins[i].pin(backing_, frames[i], false) != errc::ok) pins[i].reset();
-    }
-    const std::lock_guard locked{tables_.lock()};
-    for (const gfn f : frames) tables_.protect_unsync(f);
-    for (std::size_t i = 0; i < frames.size(); ++i) {
-      const bool readable = pins[i] && pins[i].stands_locked(backing_);
-      tables_.settle(frames[i], [&](const shadow_page& p, unsigned n, shadow_entry e) noexcept {
-        return readable && p.role.read_like(root_role(c)) && follows(c, p, n, e, entry_of(pins[i], n));
-      });
-    }
-  }
-
-  static std::uint64_t entry_of(const pinned_frame<Provider>& table, unsigned n) noexcept {
-    std::atomic_ref<std::uint64_t> word(reinterpret_cast<std::uint64_t*>(table.data())[n]);
-    return word.load(std::memory_order_acquire);  // (bk2) pairs with (bk1)
-  }
-
-  /// Whether the guest's entry, as it is now, still allows all that the leaf does.
-  static bool follows(const walk_context& c, const shadow_page& p, unsigned n, shadow_entry leaf,
-                      std::uint64_t entry) noexcept {
-    if constexpr (detail::mutated(detail::mutation::stale_sync)) return true;
-    const std::uint64_t needed = pte::present | pte::accessed | (leaf.may_write() ? pte::dirty : 0);
-    if ((entry & (Mode::reserved(1, c.format()) | needed)) != needed) return false;
-    if (frame_of(Mode::frame(entry, 1)) != p.leaf_frame(n)) return false;
-    const rights granted = rights_in(Mode::grants(entry, 1)) & p.role.access();
-    if (leaf.may_write() && !granted.writable()) return false;
-    return covers(granted, leaf.allows()) && leaf.guest_user() == granted.user();
+    return outcome_of(tables.error(), walk.end_level > 0 ? walk.entry(walk.end_level).where : gpa{});
   }
 
   outcome counted(outcome o) noexcept {
@@ -207,18 +126,19 @@ class fault_path {
   }
 
   /// The access is allowed: steps 3 to 6.
-  outcome resolve(vcpu_state& v, gva a, access how, const walk_result& walk, walked_tables<Provider>& tables) noexcept {
+  template <walked_mode Mode>
+  outcome resolve(const attempt<Mode>& t) noexcept {
     pinned_frame<Provider> page;
-    const gfn frame = frame_of(walk.address);
-    if (const errc e = page.pin(backing_, frame, is_write(how)); e != errc::ok) {
-      const outcome o = outcome_of(e, walk.address);
-      return page.at() || frame.value >= shadow_entry::frame_limit ? o : remember_mmio(v, a, how, walk, tables, o);
+    const gfn frame = frame_of(t.walk.address);
+    if (const errc e = page.pin(backing_, frame, is_write(t.how)); e != errc::ok) {
+      const outcome o = outcome_of(e, t.walk.address);
+      return page.at() || frame.value >= shadow_entry::frame_limit || t.key() != 0 ? o : remember_mmio(t, o);
     }
-    if (page.lease().frame.value >= shadow_entry::frame_limit) return outcome_of(errc::not_mapped, walk.address);
-    const unsigned most = walk.end_level > 1 ? host_level(page) : 1;
+    if (page.lease().frame.value >= shadow_entry::frame_limit) return outcome_of(errc::not_mapped, t.walk.address);
+    const unsigned most = t.leaf_level() > 1 ? host_level(page) : 1;
     const std::lock_guard locked{tables_.lock()};
     if (tables_.released()) return {.what = outcome::released};
-    const outcome o = install_locked(v, a, how, walk, tables, page, most);
+    const outcome o = install_locked(t, page, most < t.leaf_level() ? most : t.leaf_level());
     tables_.commit();
     return o;
   }
@@ -233,30 +153,29 @@ class fault_path {
     }
   }
 
-  outcome install_locked(vcpu_state& v, gva a, access how, const walk_result& walk, walked_tables<Provider>& tables,
-                         const pinned_frame<Provider>& page, unsigned most) noexcept {
+  template <walked_mode Mode>
+  outcome install_locked(const attempt<Mode>& t, const pinned_frame<Provider>& page, unsigned most) noexcept {
     if (!page.stands_locked(backing_)) return {.what = outcome::again};
     tables_.make_room();
-    const unsigned level = leaf_level_locked(walk, page, most);
-    shadow_page* const last = descend_locked(v, a, how, walk, tables, level);
+    const unsigned level = leaf_level_locked(page, most);
+    shadow_page* const last = descend_locked(t, level);
     if (last == nullptr) return {.what = outcome::again};
     bool tracked = tables_.tracked(page.frame());
-    if (tracked && is_write(how) && unsync_ && tables_.try_unsync(page.frame())) tracked = false;
-    if (tracked && is_write(how)) return {.what = outcome::write_tracked, .address = walk.address};
+    if (tracked && is_write(t.how) && unsync_ && tables_.try_unsync(page.frame())) tracked = false;
+    if (tracked && is_write(t.how)) return {.what = outcome::write_tracked, .address = t.walk.address};
     // A table in the large frame may have been shadowed on the way down, as one of this walk's own.
-    if (level > 1 && leaf_level_locked(walk, page, level) != level) return {.what = outcome::again};
-    const shadow_entry leaf = leaf_for(v.context, how, walk, page, tracked, level);
-    const auto i = static_cast<unsigned>(Mode::index(a, level));
-    tables_.map(*last, i, aligned_to(page.frame(), level), leaf, v.stock);
+    if (level > 1 && leaf_level_locked(page, level) != level) return {.what = outcome::again};
+    const shadow_entry leaf = leaf_for(t.context(), t.how, t.walk, page, tracked, level).with_key(t.key());
+    tables_.map(*last, shadow_index(t.a, level), aligned_to(page.frame(), level), leaf, t.v.stock);
     if (level > 1) counters_.add(mmu_counters::large);
     return {};
   }
 
   /// The level of the leaf: `most` at most, and less where slot, tables, log or brackets demand it.
-  unsigned leaf_level_locked(const walk_result& walk, const pinned_frame<Provider>& page, unsigned most) noexcept {
+  unsigned leaf_level_locked(const pinned_frame<Provider>& page, unsigned most) noexcept {
     const gfn f = page.frame();
     const memslot& slot = *tables_.slots().find(f);
-    for (unsigned level = most < walk.end_level ? most : walk.end_level; level > 1; --level) {
+    for (unsigned level = most; level > 1; --level) {
       const gfn first = aligned_to(f, level);
       if (!slot.may_be_large(f, level)) continue;
       if (((page.lease().frame.value ^ f.value) & (frames_at(level) - 1)) != 0) continue;
@@ -267,18 +186,18 @@ class fault_path {
   }
 
   /// No slot holds the frame. Effects: if that is still so, the place of the leaf remembers it. Returns: o, or `again`.
-  outcome remember_mmio(vcpu_state& v, gva a, access how, const walk_result& walk, walked_tables<Provider>& tables,
-                        const outcome& o) noexcept {
+  template <walked_mode Mode>
+  outcome remember_mmio(const attempt<Mode>& t, const outcome& o) noexcept {
     const std::lock_guard locked{tables_.lock()};
     if (tables_.released()) return {.what = outcome::released};
-    const gfn frame = frame_of(walk.address);
+    const gfn frame = frame_of(t.walk.address);
     if (tables_.slots().find(frame) != nullptr) return {.what = outcome::again};
     tables_.make_room();
-    shadow_page* const last = descend_locked(v, a, how, walk, tables, 1);
+    shadow_page* const last = descend_locked(t, 1);
     if (last != nullptr) {
-      const rights r = leaf_rights(v.context, how, walk);
-      const auto e = shadow_entry::mmio(frame, r, walk.granted.user(), tables_.slots().generation());
-      tables_.map_mmio(*last, static_cast<unsigned>(Mode::index(a, 1)), e);
+      const rights r = leaf_rights(t.context(), t.how, t.walk);
+      const auto e = shadow_entry::mmio(frame, r, t.walk.granted.user(), tables_.slots().generation());
+      tables_.map_mmio(*last, shadow_index(t.a, 1), e);
     }
     tables_.commit();
     return last != nullptr ? o : outcome{.what = outcome::again};
@@ -286,27 +205,39 @@ class fault_path {
 
   /// Links shadow pages down to the leaf's level. Returns: the page of that level, or nullptr if the guest or the host
   /// has changed a table.
-  shadow_page* descend_locked(vcpu_state& v, gva a, access how, const walk_result& walk,
-                              walked_tables<Provider>& tables, unsigned leaf_level) noexcept {
-    shadow_page* p = v.port.root();
-    if (p == nullptr) p = table_locked(frame_of(Mode::root(v.context.cr3)), root_role(v.context), v.stock);
-    for (unsigned level = Mode::levels; p != nullptr; --level) {
+  template <walked_mode Mode>
+  shadow_page* descend_locked(const attempt<Mode>& t, unsigned leaf_level) noexcept {
+    using layout = shadow_layout<Mode>;
+    const walk_context& c = t.context();
+    shadow_page* p = t.v.port.root();
+    if (p == nullptr) p = table_locked(layout::root_frame(c), layout::root_role(c), t.v.stock, layout::registers(c));
+    for (unsigned level = layout::levels; p != nullptr; --level) {
       p->unheard_writes = 0;
-      const bool direct = level <= walk.end_level;  // what is below this level is part of the guest's leaf
       // The table of this level is write-protected by now: what its entry says holds until the lock is released.
-      if (level >= walk.end_level && !stands(tables, walk.entry(level))) return nullptr;
-      if (level == Mode::levels) v.port.set_root(p);
+      const bool read = level <= layout::top_table && level >= t.walk.end_level;
+      if (read && !stands(t, level)) return nullptr;
+      if (level == layout::levels) t.v.port.set_root(p);
       if (level == leaf_level) return p;
-      const gfn below = direct ? first_frame(walk.address, level - 1)
-                               : frame_of(Mode::table(static_cast<std::uint64_t>(walk.entry(level).value)));
-      const page_role role = direct ? p->role.part_below(leaf_rights(v.context, how, walk), walk.granted.user())
-                                    : p->role.table_below(guest_walker<Mode>::rights_above(walk, level - 1));
-      shadow_page* child = linked(*p, static_cast<unsigned>(Mode::index(a, level)), below, role);
-      if (child == nullptr) child = table_locked(below, role, v.stock);
-      if (child != nullptr) tables_.link(*p, static_cast<unsigned>(Mode::index(a, level)), *child, v.stock);
-      p = child;
+      p = child_locked(t, *p, level);
     }
     return nullptr;
+  }
+
+  /// Returns: the page below the entry of p, a page of this level; it is linked. nullptr: its table's slot has gone.
+  template <walked_mode Mode>
+  shadow_page* child_locked(const attempt<Mode>& t, shadow_page& p, unsigned level) noexcept {
+    using layout = shadow_layout<Mode>;
+    const unsigned i = shadow_index(t.a, level);
+    const bool part = t.in_leaf(level);
+    const gfn below = part ? first_frame(t.walk.address, level - 1) : layout::table_below(t.context(), t.walk, level);
+    const unsigned quadrant = detail::mutated(detail::mutation::one_quadrant) ? 0 : layout::quadrant(t.a, level - 1);
+    const page_role role =
+        part ? p.role.part_below(leaf_rights(t.context(), t.how, t.walk), t.walk.granted.user(), t.key())
+             : p.role.table_below(guest_walker<Mode>::rights_above(t.walk, level - 1), quadrant);
+    shadow_page* child = linked(p, i, below, role);
+    if (child == nullptr) child = table_locked(below, role, t.v.stock);
+    if (child != nullptr) tables_.link(p, i, *child, t.v.stock);
+    return child;
   }
 
   /// Returns: the page that entry i links, if it is this one. Another way to it would have to synchronise it first.
@@ -317,20 +248,21 @@ class fault_path {
     return child->frame == below && child->role == role ? child : nullptr;
   }
 
-  static bool stands(walked_tables<Provider>& tables, const walked_entry& e) noexcept {
-    return detail::mutated(detail::mutation::no_entry_recheck) || tables.unchanged_locked(e);
+  template <walked_mode Mode>
+  static bool stands(const attempt<Mode>& t, unsigned level) noexcept {
+    return detail::mutated(detail::mutation::no_entry_recheck) || t.tables.unchanged_locked(t.walk.entry(level));
   }
 
   /// Returns: the page, or nullptr if the table's slot has gone meanwhile.
-  shadow_page* table_locked(gfn frame, page_role role, fault_stock& from) noexcept {
-    if (!role.direct() && tables_.slots().find(frame) == nullptr) return nullptr;
-    return &tables_.get(frame, role, from);
+  shadow_page* table_locked(gfn frame, page_role role, fault_stock& from,
+                            const directory_registers& registers = {}) noexcept {
+    if (role.has_table() && tables_.slots().find(frame) == nullptr) return nullptr;
+    return &tables_.get(frame, role, from, registers);
   }
 
   /// The first frame that a shadow table of this level maps, around the address.
   static constexpr gfn first_frame(gpa a, unsigned level) noexcept {
-    const std::uint64_t covered = bit(Mode::page_shift(level)) * entries_per_table;
-    return frame_of(gpa{a.value & ~(covered - 1)});
+    return frame_of(gpa{a.value & ~(bit(12 + 9 * level) - 1)});
   }
 
   /// What the leaf may grant as far as the guest is concerned. Before its dirty bit is set: no writing.
@@ -353,23 +285,6 @@ class fault_path {
     const shadow_entry leaf = shadow_entry::leaf(level > 1 ? first : page.lease().frame, r, walk.granted.user());
     const bool logs = tables_.slots().find(page.frame())->logs(dirty_tracking::write_protect);
     return leaf.with(used).without(logs && !is_write(how) ? shadow_entry::write_bit : 0);
-  }
-
-  errc write_in_page(gpa where, std::span<const std::byte> bytes) noexcept {
-    if (tables_.released()) return errc::released;
-    pinned_frame<Provider> page;
-    if (const errc e = page.pin(backing_, frame_of(where), true); e != errc::ok) return e;
-    const std::lock_guard locked{tables_.lock()};
-    if (tables_.released()) return errc::released;
-    if (!page.stands_locked(backing_)) return errc::again;
-    const auto offset = static_cast<std::size_t>(where.offset());
-    store_in_words(page.data(), offset, bytes);
-    tables_.slots().find(page.frame())->mark_dirty(page.frame());
-    const auto first = static_cast<unsigned>(offset / sizeof(std::uint64_t));
-    const auto last = static_cast<unsigned>((offset + bytes.size() - 1) / sizeof(std::uint64_t));
-    static_cast<void>(tables_.zap_written(page.frame(), first, last));
-    tables_.commit();
-    return errc::ok;
   }
 
   backing<Provider> backing_;

@@ -12,21 +12,23 @@
 //   level, format, quadrant   how the table is read. A table of 4-byte entries has 1024 of them: at level 1 two shadow
 //                             pages cover it, at level 2 four, told apart by the quadrant.
 //   direct, guest_user        a part of a large guest leaf, with no table behind it, and that leaf's U
+//   key                       of a direct page: the protection key of its leaves
 //   access                    what the levels above grant; of a direct page, the rights of its leaves
 //   wp                        CR0.WP: with WP=0 the supervisor's writes make leaves that no guest entry grants
 //   smep, smap without wp     with WP=1 both are judged at the access and the tables do not know of them; with WP=0
 //                             they decide what such a leaf may be
-//   nxe, and the processor    which bits are reserved: EFER.NXE, CR4.PSE, the address width (with 4-byte entries that
-//   of
-//                             4 MiB pages, the only one that shows), 1 GiB pages, AMD. Two
-//                             vCPUs of different processors do not share tables.
+//   nxe, and the processor    which bits are reserved: EFER.NXE, CR4.PSE, physical-address width (in a table of 4-byte
+//                             entries, that of 4 MiB pages), 1 GiB pages, AMD. Two vCPUs of different processors do
+//                             not share tables.
 //   invalid                   the page is on its way out; it fits nowhere
 //
 // References: Linux Documentation/virt/kvm/x86/mmu.rst ("shadow pages": the same word, for the same reasons).
 
+#include <array>
 #include <cstdint>
 
 #include <mmunotify/config.hpp>
+#include <mmunotify/secondary/x86/access.hpp>
 #include <mmunotify/secondary/x86/entry.hpp>
 #include <mmunotify/secondary/x86/guest_walker.hpp>
 
@@ -40,6 +42,9 @@ enum class table_format : std::uint8_t {
   pae = 2,        ///< 8 bytes, bits 52 to 62 reserved
   long_mode = 3,  ///< 8 bytes, 4 or 5 levels
 };
+
+/// The PDPTEs of PAE as far as a shadow page depends on them: address and P of those that are present.
+using directory_registers = std::array<std::uint64_t, 4>;
 
 class page_role {
  public:
@@ -56,17 +61,29 @@ class page_role {
         .with(nxe_at, c.nxe)
         .with(smep_at, c.smep && !c.wp)
         .with(smap_at, c.smap && !c.wp)
-        .with(pse_at, c.pse && format == table_format::four_byte)
+        .with(pse_at, c.pse && format == table_format::four_byte && !detail::mutated(detail::mutation::pse_not_in_role))
         .with(gib_at, c.gib_pages)
         .with(amd_at, c.amd)
-        .put(width_at, 5, (format == table_format::four_byte ? c.pse36_bits : c.maxphyaddr) - 32);
+        .put(width_at, 5, width(c, format) - 32);
   }
 
   constexpr unsigned level() const noexcept { return get(level_at, 3); }
   constexpr table_format format() const noexcept { return static_cast<table_format>(get(format_at, 2)); }
   constexpr unsigned quadrant() const noexcept { return get(quadrant_at, 2); }
   constexpr bool direct() const noexcept { return has(direct_at); }
+  /// There is a guest table behind the page. (Else it is direct, or a page of links above the page directories of a
+  /// guest with 32-bit addresses.)
+  constexpr bool has_table() const noexcept { return !direct() && !has_links_alone(); }
+  constexpr bool has_links_alone() const noexcept {
+    return level() == 3 && (format() == table_format::four_byte || format() == table_format::pae);
+  }
+  /// A vCPU's root may have this role.
+  constexpr bool may_be_root() const noexcept {
+    if (format() == table_format::long_mode) return !direct() && level() >= 4;
+    return level() == 3 && direct() == (format() == table_format::none);
+  }
   constexpr bool guest_user() const noexcept { return has(guest_user_at); }
+  constexpr unsigned key() const noexcept { return get(key_at, 4); }
   constexpr rights access() const noexcept { return {static_cast<std::uint8_t>(get(access_at, 3))}; }
   constexpr bool wp() const noexcept { return has(wp_at); }
   constexpr bool invalid() const noexcept { return has(invalid_at); }
@@ -80,13 +97,13 @@ class page_role {
   constexpr page_role as_invalid() const noexcept { return with(invalid_at, true); }
 
   /// The role of a guest table below this one.
-  constexpr page_role table_below(rights granted) const noexcept {
-    return with_level(level() - 1).with_access(granted);
+  constexpr page_role table_below(rights granted, unsigned quadrant = 0) const noexcept {
+    return with_level(level() - 1).with_access(granted).with_quadrant(quadrant);
   }
   /// The role of a part of a large leaf in this table. Leaves that share a direct page must agree in all that its
   /// entries say: whether the page may be written already as well (two leaves have two dirty bits).
-  constexpr page_role part_below(rights leaf_rights, bool user_in_guest) const noexcept {
-    return table_below(leaf_rights).with(direct_at, true).with(guest_user_at, user_in_guest);
+  constexpr page_role part_below(rights leaf_rights, bool user_in_guest, unsigned key = 0) const noexcept {
+    return table_below(leaf_rights).with(direct_at, true).with(guest_user_at, user_in_guest).put(key_at, 4, key);
   }
 
   /// Whether tables of both roles are read by the same processor in the same state: all but place and rights is equal.
@@ -100,8 +117,14 @@ class page_role {
  private:
   static constexpr unsigned level_at = 0, format_at = 3, quadrant_at = 5, direct_at = 7, guest_user_at = 8,
                             access_at = 9, wp_at = 12, nxe_at = 13, smep_at = 14, smap_at = 15, pse_at = 16,
-                            gib_at = 17, amd_at = 18, width_at = 19, invalid_at = 24;
+                            gib_at = 17, amd_at = 18, width_at = 19, invalid_at = 24, key_at = 25;
 
+  /// The width that decides about reserved bits. 4-byte entries have some in 4 MiB pages alone.
+  static constexpr unsigned width(const walk_context& c, table_format format) noexcept {
+    if (format != table_format::four_byte) return c.maxphyaddr;
+    const unsigned least = c.pse36_bits < c.maxphyaddr ? c.pse36_bits : c.maxphyaddr;
+    return least < 32 ? 32 : least;
+  }
   constexpr unsigned get(unsigned at, unsigned bits) const noexcept { return word_ >> at & ((1U << bits) - 1); }
   constexpr bool has(unsigned at) const noexcept { return get(at, 1) != 0; }
   constexpr page_role put(unsigned at, unsigned bits, unsigned value) const noexcept {

@@ -9,6 +9,9 @@
 //   x86::vcpu cpu{mmu};  cpu.set_cr3(root);
 //   x86::outcome o = cpu.access(a, x86::access::write, [](std::byte* at) noexcept { *at = std::byte{1}; });
 //
+// The guest's paging mode is the second parameter: 4 levels here; no_paging, two_level, pae, long_mode_5; or
+// every_mode, whose vCPUs change it by writing their registers (vcpu::set_controls).
+//
 // It shadows the guest's page tables: a guest virtual address leads through shadow tables straight to a host frame, two
 // translations in one. Mappings are made by faults and protected by nothing but the notifier.
 //
@@ -56,8 +59,10 @@
 #include <mmunotify/secondary/x86/dirty_harvest.hpp>
 #include <mmunotify/secondary/x86/entry.hpp>
 #include <mmunotify/secondary/x86/fault.hpp>
+#include <mmunotify/secondary/x86/follow.hpp>
 #include <mmunotify/secondary/x86/memslots.hpp>
 #include <mmunotify/secondary/x86/outcome.hpp>
+#include <mmunotify/secondary/x86/shadow_modes.hpp>
 #include <mmunotify/secondary/x86/shadow_tables.hpp>
 #include <mmunotify/secondary/x86/tlb.hpp>
 #include <mmunotify/secondary/x86/vcpu.hpp>
@@ -79,11 +84,12 @@ struct mmu_options {
   bool unsync = false;
 };
 
-template <frame_provider Provider, shadowed_mode Mode = long_mode_4>
+/// Modes: the paging mode of its guest, or every_mode.
+template <frame_provider Provider, shadowed_modes Modes = long_mode_4>
 class shadow_mmu {
  public:
   using provider_type = Provider;
-  using mode = Mode;
+  using modes = Modes;
 
   /// A VM without slots and vCPUs.
   /// Preconditions: the provider outlives it; provider.data() takes no lock (it is called in guest mode).
@@ -92,6 +98,7 @@ class shadow_mmu {
         downgrades_(o.downgrades),
         slots_(gate_.domain()),
         tables_(slots_, gate_, counters_, o.max_pages),
+        follows_({provider, slots_, window_, tables_.lock()}, tables_, counters_),
         faults_({provider, slots_, window_, tables_.lock()}, tables_, counters_, o.unsync) {}
   shadow_mmu(const shadow_mmu&) = delete;
   shadow_mmu& operator=(const shadow_mmu&) = delete;
@@ -115,8 +122,8 @@ class shadow_mmu {
   const memslots& slots() const noexcept { return slots_; }
 
   /// Effects: writes guest memory on behalf of the guest (emulated instructions, devices); shadows of the table entries
-  /// that it hits are gone when it returns. Errors, context: see fault_path::guest_write.
-  errc guest_write(gpa where, std::span<const std::byte> bytes) noexcept { return faults_.guest_write(where, bytes); }
+  /// that it hits are gone when it returns. Errors, context: see table_follower::guest_write.
+  errc guest_write(gpa where, std::span<const std::byte> bytes) noexcept { return follows_.guest_write(where, bytes); }
 
   // --- What the guest writes. Context: as for slots. ----------------------------------------------------------------
 
@@ -239,7 +246,7 @@ class shadow_mmu {
   /// Returns: the first broken invariant, or nullptr. Progress: blocking; looks at everything. Context: as the hooks.
   const char* verify() noexcept {
     const std::lock_guard locked{tables_.lock()};
-    return table_check(tables_, window_, zapping_).run(Mode::levels);
+    return table_check(tables_, window_, zapping_).run();
   }
 
   mmu_statistics statistics() const noexcept { return counters_.read(); }
@@ -255,12 +262,12 @@ class shadow_mmu {
   flush_gate& gate() noexcept { return gate_; }
   std::mutex& lock() noexcept { return tables_.lock(); }
   mmu_counters& counters() noexcept { return counters_; }
-  static page_role root_role(const walk_context& c) noexcept { return fault_path<Provider, Mode>::root_role(c); }
   /// See fault_path::fault.
   outcome fault(vcpu_state& v, gva a, access how) noexcept { return faults_.fault(v, a, how); }
-  /// See fault_path.
-  void synchronise(const vcpu_state& v) noexcept { faults_.synchronise(v.context); }
-  void invalidate(vcpu_state& v, gva a) noexcept { faults_.invalidate(v, a); }
+  /// See table_follower.
+  void synchronise(const vcpu_state& v) noexcept { follows_.synchronise(v); }
+  void invalidate(vcpu_state& v, gva a) noexcept { follows_.invalidate(v, a); }
+  errc load_pdptes(walk_context& c) noexcept { return follows_.load_pdptes(c); }
 
  private:
   bool keeps_reads(const invalidation& i) const noexcept { return i.in_place || downgrades_.contains(i.event); }
@@ -283,7 +290,8 @@ class shadow_mmu {
   flush_gate gate_;
   memslots slots_;
   shadow_tables tables_;
-  fault_path<Provider, Mode> faults_;
+  table_follower<Provider, Modes> follows_;
+  fault_path<Provider, Modes> faults_;
 };
 
 }  // namespace x86

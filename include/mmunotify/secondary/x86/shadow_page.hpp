@@ -25,6 +25,7 @@
 #include <mmunotify/base/address.hpp>
 #include <mmunotify/config.hpp>
 #include <mmunotify/secondary/x86/entry.hpp>
+#include <mmunotify/secondary/x86/memory_cache.hpp>
 #include <mmunotify/secondary/x86/page_role.hpp>
 #include <mmunotify/secondary/x86/rmap.hpp>
 
@@ -42,9 +43,9 @@ constexpr rights changed(rights r, std::uint8_t more, std::uint8_t less) noexcep
 }
 
 /// A 64-bit shadow entry: x86 bits where the hardware would read them, and some that it would ignore.
-/// Leaf: frame number in bits 12..51. Link: the address of a shadow page in bits 10..62. Not present, but not zero: the
-/// guest maps a frame there that is in no slot (MMIO): guest frame in bits 12..51, in bits 52..62 the generation of the
-/// slots of which that is true.
+/// Leaf: frame number in bits 12..51, protection key in bits 59..62. Link: the address of a shadow page in bits 10..62.
+/// Not present, but not zero: the guest maps a frame there that is in no slot (MMIO): guest frame in bits 12..51, in
+/// bits 52..62 the generation of the slots of which that is true.
 class shadow_entry {
  public:
   static constexpr std::uint64_t present_bit = 1;
@@ -99,7 +100,15 @@ class shadow_entry {
   }
   constexpr rights allows() const noexcept { return rights_in(long_mode_4::grants(bits_, 1)); }
   /// Precondition: a leaf.
-  constexpr pfn frame() const noexcept { return {(bits_ & ~no_execute_bit) >> page_shift}; }
+  constexpr pfn frame() const noexcept { return {(bits_ & pte::address) >> page_shift}; }
+  /// The guest's. Precondition: a leaf.
+  constexpr unsigned key() const noexcept {
+    return static_cast<unsigned>((bits_ & pte::protection_key) >> pte::protection_key_shift);
+  }
+  /// Preconditions: a leaf without a key; key < 16.
+  constexpr shadow_entry with_key(unsigned key) const noexcept {
+    return with(std::uint64_t{key} << pte::protection_key_shift);
+  }
   /// Precondition: a link.
   shadow_page* child() const noexcept {
     return reinterpret_cast<shadow_page*>(bits_ & ~std::uint64_t{shadow_page_alignment - 1});
@@ -124,9 +133,10 @@ struct alignas(shadow_page_alignment) shadow_page {
 
   gfn frame{};  ///< the guest table; of a direct page, the first frame that it maps
   page_role role{};
-  entry_list parents;            ///< MUST hold exactly the present entries that link this page
-  unsigned present = 0;          ///< MUST be the number of present entries
-  unsigned mmio = 0;             ///< MUST be the number of MMIO entries
+  directory_registers registers{};  ///< of a page of links above PAE's directories: what it was made from
+  entry_list parents;               ///< MUST hold exactly the present entries that link this page
+  unsigned present = 0;             ///< MUST be the number of present entries
+  unsigned mmio = 0;                ///< MUST be the number of MMIO entries
   unsigned unheard_writes = 0;   ///< guest writes since a fault last used the page; many: it is no page table any more
   std::uint64_t generation = 0;  ///< of the tables; an older one: the page is obsolete, and nothing leads to it
   /// The guest may have written the table since its entries were shadowed: what is here is what the guest's TLB would
@@ -137,6 +147,22 @@ struct alignas(shadow_page_alignment) shadow_page {
   shadow_page* older = nullptr;
   shadow_page* newer = nullptr;
   shadow_page* next_spare = nullptr;
+
+  struct entry_span {
+    unsigned first = 0, last = 0;  ///< both included; first > last: none
+  };
+  /// Returns: the shadows in this page of what lies at bytes first..last of its guest table. Of 1024 entries a page has
+  /// those of its quadrant; an entry of a page directory has two neighbours.
+  static constexpr entry_span shadows_of(page_role r, unsigned first, unsigned last) noexcept {
+    if (r.format() != table_format::four_byte || detail::mutated(detail::mutation::wide_written_zap)) {
+      return {first / 8, last / 8};
+    }
+    const unsigned shadows = r.level() == 1 ? 1 : 2, size = entries_per_table / shadows;
+    const unsigned begin = r.quadrant() * size, end = begin + size;
+    first = first / 4 < begin ? begin : first / 4;
+    last = last / 4 < end ? last / 4 + 1 : end;  // not included from here on
+    return first < last ? entry_span{(first - begin) * shadows, (last - begin) * shadows - 1} : entry_span{1, 0};
+  }
 
   /// Precondition: entry i is a leaf.
   gfn leaf_frame(unsigned i) const noexcept { return {leaf_frames[i].load(std::memory_order_relaxed)}; }
@@ -170,7 +196,20 @@ static_assert(alignof(shadow_page) == shadow_page_alignment &&
                   std::size_t{entries_per_table} * 2 <= shadow_page_alignment,
               "an entry place must fit into one word");
 
-/// All shadow pages: by (frame, role, generation), and by age. Under the MMU lock.
+/// What one fault can need at most under the lock: a page per level, and a chunk for each link and for the leaf.
+struct fault_stock {
+  static constexpr std::size_t enough = 5;
+  stock<shadow_page> pages;
+  stock<rmap_chunk> chunks;
+
+  bool full() const noexcept { return pages.size() >= enough && chunks.size() >= enough; }
+  errc fill() noexcept {
+    const errc e = pages.fill(enough);
+    return e != errc::ok ? e : chunks.fill(enough);
+  }
+};
+
+/// All shadow pages: by (frame, role, generation, registers), and by age. Under the MMU lock.
 /// Limits: a fixed number of buckets, so that making it cannot fail; pages of one frame share a bucket.
 class page_index {
  public:
@@ -182,9 +221,11 @@ class page_index {
   shadow_page* oldest() const noexcept { return oldest_; }
 
   /// Returns: the page of this frame, role and generation, or nullptr.
-  shadow_page* find(gfn frame, page_role role, std::uint64_t generation = 0) const noexcept {
+  shadow_page* find(gfn frame, page_role role, std::uint64_t generation = 0,
+                    const directory_registers& registers = {}) const noexcept {
     for (shadow_page* p = buckets_[bucket(frame)]; p != nullptr; p = p->next_in_bucket) {
-      if (p->frame == frame && p->role == role && p->generation == generation) return p;
+      if (p->frame != frame || p->role != role || p->generation != generation) continue;
+      if (!role.has_links_alone() || p->registers == registers) return p;
     }
     return nullptr;
   }
@@ -192,7 +233,7 @@ class page_index {
   /// Returns: whether the frame is a guest table that has a shadow page, so that it must stay write-protected.
   bool tracked(gfn frame) const noexcept {
     for (const shadow_page* p = buckets_[bucket(frame)]; p != nullptr; p = p->next_in_bucket) {
-      if (p->frame == frame && !p->role.direct()) return true;
+      if (p->frame == frame && p->role.has_table()) return true;
     }
     return false;
   }
@@ -200,7 +241,7 @@ class page_index {
   /// Returns: whether the frame must be mapped writable nowhere: it has a page that is not out of step with it.
   bool write_protected(gfn frame) const noexcept {
     for (const shadow_page* p = buckets_[bucket(frame)]; p != nullptr; p = p->next_in_bucket) {
-      if (p->frame == frame && !p->role.direct() && !p->unsync) return true;
+      if (p->frame == frame && p->role.has_table() && !p->unsync) return true;
     }
     return false;
   }
@@ -225,7 +266,7 @@ class page_index {
     }
   }
 
-  /// Precondition: no page of the same frame and role is in.
+  /// Precondition: no page that is found by the same is in.
   void insert(shadow_page& p) noexcept {
     shadow_page*& head = buckets_[bucket(p.frame)];
     p.next_in_bucket = head;

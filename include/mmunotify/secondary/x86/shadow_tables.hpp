@@ -12,8 +12,7 @@
 //     something away flushes before it gives the lock back. So "nothing mapped" in the tables is "nothing usable"
 //     anywhere, and an invalidation that finds nothing need not flush (K3);
 //   - so an entry that was present is not made a leaf again before a flush: what a vCPU in guest mode has read of it
-//   and
-//     its frame belongs together.
+//     and its frame belongs together.
 // Hence the two steps of every removal: take out of the tables and remember that a flush is due; then commit(), which
 // flushes once and only then lets memory be used again.
 //
@@ -39,19 +38,6 @@
 
 MMUNOTIFY_BEGIN_NAMESPACE
 namespace x86 {
-
-/// What one fault can need at most under the lock: a page per level, and a chunk for each link and for the leaf.
-struct fault_stock {
-  static constexpr std::size_t enough = 5;
-  stock<shadow_page> pages;
-  stock<rmap_chunk> chunks;
-
-  bool full() const noexcept { return pages.size() >= enough && chunks.size() >= enough; }
-  errc fill() noexcept {
-    const errc e = pages.fill(enough);
-    return e != errc::ok ? e : chunks.fill(enough);
-  }
-};
 
 class shadow_tables {
  public:
@@ -95,22 +81,22 @@ class shadow_tables {
 
   /// Returns: the page of this frame and role. Effects: makes it if need be; before the first entry of a guest table
   /// can be shadowed, the frame is write-protected wherever it is mapped, and no vCPU has a writable translation left.
-  /// Preconditions: a slot holds the frame unless the role is direct; the stock has a page.
-  shadow_page& get(gfn frame, page_role role, fault_stock& from) noexcept {
-    if (shadow_page* const known = index_.find(frame, role, generation_); known != nullptr) {
+  /// Preconditions: a slot holds the frame if the role has a table; the stock has a page.
+  shadow_page& get(gfn frame, page_role role, fault_stock& from, const directory_registers& registers = {}) noexcept {
+    if (shadow_page* const known = index_.find(frame, role, generation_, registers); known != nullptr) {
       known->unheard_writes = 0;
       // Who comes here anew has nothing of it in its TLB, so it may not see what is out of date.
-      if (known->unsync)
-        protect_unsync(frame), settle(frame, [](shadow_page&, unsigned, shadow_entry) { return false; });
+      if (known->unsync) protect_unsync(frame), settle(frame, [](auto&, unsigned, shadow_entry) { return false; });
       return *known;
     }
     shadow_page& p = from.pages.pop();
     p.frame = frame;
     p.role = role;
+    p.registers = registers;
     p.unheard_writes = 0;
     p.generation = generation_;
     index_.insert(p);
-    if (!role.direct()) {
+    if (role.has_table()) {
       if (memslot* const s = slots().find(frame); s != nullptr) {
         s->count_table(frame, 1);
         if constexpr (!detail::mutated(detail::mutation::no_write_tracking)) write_protect(*s, frame);
@@ -150,7 +136,7 @@ class shadow_tables {
       ++p.present;
     }
     const shadow_entry was = p.exchange(i, leaf);
-    if (was.present() && !covers(leaf.allows(), was.allows())) flush_due_ = true;
+    if (was.present() && (!covers(leaf.allows(), was.allows()) || leaf.key() != was.key())) flush_due_ = true;
     if (was.dirty() && !leaf.dirty() && slot.logs(dirty_tracking::dirty_bits)) slot.mark_dirty(frame);
     if (leaf.allows().writable() && slot.logs(dirty_tracking::write_protect)) slot.mark_dirty(frame);
     counters_.add(mmu_counters::installs);
@@ -210,16 +196,19 @@ class shadow_tables {
     });
   }
 
-  /// Effects: the guest has written entries first..last of the table in this frame: exactly their shadows go. A table
-  /// that is written again and again and used by no fault is shadowed no more. Returns: whether it was shadowed.
+  /// Effects: the guest has written bytes first..last of the table in this frame: exactly the shadows of the entries
+  /// that they touch go. A table that is written again and again and used by no fault is shadowed no more.
+  /// Returns: whether it was shadowed.
   bool zap_written(gfn frame, unsigned first, unsigned last) noexcept {
     if (!index_.tracked(frame)) return false;
     counters_.add(mmu_counters::tracked_writes);
+    if constexpr (detail::mutated(detail::mutation::half_written_zap)) last = first;
     index_.for_each_of(frame, [&](shadow_page& p) {
-      if (p.role.direct()) return;
+      if (!p.role.has_table()) return;
+      const auto touched = shadow_page::shadows_of(p.role, first, last);
+      if (touched.first > touched.last) return;
       if (++p.unheard_writes > write_flood) return zap_page(p);
-      if constexpr (detail::mutated(detail::mutation::half_written_zap)) last = first;
-      for (unsigned i = first; i <= last; ++i) drop(p, i);
+      for (unsigned i = touched.first; i <= touched.last; ++i) drop(p, i);
     });
     return true;
   }
@@ -230,10 +219,10 @@ class shadow_tables {
   /// level 1. Effects: if so, they are out of step from now on, until settle().
   bool try_unsync(gfn frame) noexcept {
     bool lowest = true;
-    index_.for_each_of(frame, [&](shadow_page& p) { lowest = lowest && (p.role.direct() || p.role.level() == 1); });
+    index_.for_each_of(frame, [&](shadow_page& p) { lowest = lowest && (!p.role.has_table() || p.role.level() == 1); });
     if (!lowest) return false;
     index_.for_each_of(frame, [&](shadow_page& p) {
-      if (!p.role.direct() && !p.unsync) unsync_.add(p);
+      if (p.role.has_table() && !p.unsync) unsync_.add(p);
     });
     return true;
   }
@@ -364,7 +353,8 @@ class shadow_tables {
       drop(*at.page, at.index);
     }
     gate_.for_each_locked([&](vcpu_port& port) { port.forget_root(p); });
-    if (memslot* const s = p.role.direct() ? nullptr : slots().find(p.frame); s != nullptr) s->count_table(p.frame, -1);
+    if (memslot* const s = p.role.has_table() ? slots().find(p.frame) : nullptr; s != nullptr)
+      s->count_table(p.frame, -1);
     if (p.unsync) unsync_.remove(p);
     index_.remove(p);
     p.role = p.role.as_invalid();

@@ -48,6 +48,7 @@ struct tlb_entry {
   std::byte* host = nullptr;  ///< the page's first byte in this process
   rights allows{0};           ///< write only if the shadow leaf is dirty already
   bool guest_user = false;    ///< U in the guest (see shadow_entry)
+  std::uint8_t key = 0;       ///< the page's protection key
 };
 
 /// Direct-mapped by guest virtual page, tagged by nothing else: whatever changes the meaning of an address empties it.
@@ -62,8 +63,8 @@ class soft_tlb {
     const tlb_entry& e = entries_[slot(a)];
     return e.tag == tag(a) ? &e : nullptr;
   }
-  void insert(gva a, std::byte* host, rights allows, bool guest_user) noexcept {
-    entries_[slot(a)] = {tag(a), host, allows, guest_user};
+  void insert(gva a, std::byte* host, rights allows, bool guest_user, unsigned key = 0) noexcept {
+    entries_[slot(a)] = {tag(a), host, allows, guest_user, static_cast<std::uint8_t>(key)};
   }
   /// Effects: forgets one page (INVLPG).
   void drop(gva a) noexcept {
@@ -79,10 +80,11 @@ class soft_tlb {
   std::array<tlb_entry, Entries> entries_{};
 };
 
-/// What a root is remembered by: the guest's top table and how it is read.
+/// What a root is remembered by: the guest's top table, how it is read, and the registers that are read in its place.
 struct root_key {
   gfn table{};
   std::uint32_t role = 0;
+  std::array<std::uint64_t, 4> registers{};
 
   friend constexpr bool operator==(const root_key&, const root_key&) = default;
 };

@@ -28,7 +28,7 @@ class table_check {
       : tables_(tables), slots_(tables.slots_.current()), window_(window), zapping_(zapping) {}
 
   /// Returns: the first broken invariant as a sentence, or nullptr. Precondition: at rest, all brackets' starts done.
-  const char* run(unsigned levels) noexcept {
+  const char* run() noexcept {
     if (tables_.flush_due_) return "a flush is due although the lock is free";
     if (tables_.retired_.size() != 0) return "an unlinked page waits although no flush is due";
     for_pages(&table_check::check_page);
@@ -39,7 +39,7 @@ class table_check {
     if (broken_ == nullptr && mapped_ != leaves_) broken_ = "there are more leaves than reverse mappings, or fewer";
     if (broken_ == nullptr && table_count_ != table_pages_)
       broken_ = "the slots have lost count of the shadowed tables";
-    check_roots(levels);
+    check_roots();
     return broken_;
   }
 
@@ -57,14 +57,14 @@ class table_check {
 
   void check_page(shadow_page& p) noexcept {
     ++pages_;
-    require(tables_.index_.find(p.frame, p.role, p.generation) == &p,
+    require(tables_.index_.find(p.frame, p.role, p.generation, p.registers) == &p,
             "a shadow page is not where the index looks for it");
     require(!p.role.invalid() && p.generation <= tables_.generation_, "a page in the index is not in use");
-    if (!p.role.direct()) {
+    if (p.role.has_table()) {
       ++table_pages_;
       require(slots_.find(p.frame) != nullptr, "a shadowed guest table is in no slot");
     }
-    require(!p.unsync || (p.role.level() == 1 && !p.role.direct()), "a page is out of step that must not be");
+    require(!p.unsync || (p.role.level() == 1 && p.role.has_table()), "a page is out of step that must not be");
     unsync_ += p.unsync ? 1 : 0;
     unsigned present = 0, mmio = 0;
     for (unsigned i = 0; i < entries_per_table; ++i) {
@@ -81,6 +81,7 @@ class table_check {
         check_link(p, i, *e.child());
       }
     }
+    if (p.role.format() != table_format::long_mode) check_32_bits(p);
     require(present == p.present && mmio == p.mmio, "a shadow page has lost count of its entries");
     p.parents.for_each([&](entry_place at) { check_parent(p, at); });
   }
@@ -92,13 +93,44 @@ class table_check {
 
   void check_link(shadow_page& p, unsigned i, shadow_page& child) noexcept {
     require(p.role.level() > 1, "a page of the lowest level has a link");
-    require(tables_.index_.find(child.frame, child.role, child.generation) == &child,
+    require(tables_.index_.find(child.frame, child.role, child.generation, child.registers) == &child,
             "a linked page is not in the index");
     require(child.parents.contains({&p, i}), "a link is missing among its page's parents");
     require(child.role.level() + 1 == p.role.level(), "a link skips a level");
     require(covers(most_below(p.role), child.role.access()), "a table grants more than the ones above it");
     require(child.generation == p.generation, "a link leads to a page of another generation");
     require(child.role.direct() || !p.role.direct(), "an indirect page hangs below a direct one");
+  }
+
+  /// What holds of the pages of guests with 32-bit addresses.
+  void check_32_bits(shadow_page& p) noexcept {
+    const bool narrow = p.role.format() == table_format::four_byte;
+    for (unsigned i = 0; i < entries_per_table; ++i) {
+      const shadow_entry e = p.load(i);
+      require(p.role.level() < 3 || i < 4 || !e.present(), "a page of four entries has another one");
+      if (!e.present() || e.is_leaf()) continue;
+      const shadow_page& child = *e.child();
+      const unsigned quadrant = narrow && child.role.has_table() ? (p.role.level() == 3 ? i : i % 2) : 0;
+      require(child.role.quadrant() == quadrant, "a link leads to another part of a table");
+      if (!p.role.has_links_alone()) continue;
+      require(narrow ? child.frame == p.frame
+                     : (p.registers[i % 4] & pte::present) != 0 &&
+                           child.frame == frame_of(gpa{p.registers[i % 4] & pte::address}),
+              "a link leads to another directory than the registers");
+    }
+    if (!narrow || p.role.level() != 2 || !p.role.has_table()) return;
+    for (unsigned i = 0; i < entries_per_table; i += 2) check_halves(p, i);
+  }
+
+  /// Entries i and i + 1 are one entry of the guest's.
+  void check_halves(shadow_page& p, unsigned i) noexcept {
+    const shadow_entry first = p.load(i), second = p.load(i + 1);
+    if (!first.present() || !second.present()) return;
+    const auto has_table = [](shadow_entry e) { return !e.is_leaf() && e.child()->role.has_table(); };
+    const auto start = [&](shadow_entry e, unsigned n) { return e.is_leaf() ? p.leaf_frame(n) : e.child()->frame; };
+    require(has_table(first) == has_table(second), "an entry of the guest's is half a table");
+    const std::uint64_t apart = has_table(first) ? 0 : frames_at(2);
+    require(start(first, i) + apart == start(second, i + 1), "the halves of a guest's entry do not belong together");
   }
 
   /// What may be granted below: CR0.WP=0 lets the supervisor write what no level grants.
@@ -128,7 +160,8 @@ class table_check {
       require(!slot->config().read_only, "a read-only slot is mapped writable");
     }
     require(covers(most_below(p.role), e.allows()), "a leaf grants more than the tables above it");
-    require(!p.role.direct() || e.guest_user() == p.role.guest_user(), "a direct page's leaf differs from its role");
+    require(!p.role.direct() || (e.guest_user() == p.role.guest_user() && e.key() == p.role.key()),
+            "a direct page's leaf differs from its role");
   }
 
   void check_large(memslot& slot, gfn frame, unsigned level, shadow_entry e) noexcept {
@@ -165,13 +198,13 @@ class table_check {
     }
   }
 
-  void check_roots(unsigned levels) noexcept {
+  void check_roots() noexcept {
     tables_.gate_.for_each_locked([&](vcpu_port& port) {
       port.for_each_root([&](const shadow_page& p) {
         bool found = false;
         tables_.index_.for_each([&](const shadow_page& q) { found = found || &q == &p; });
         if (!found) return fail("a vCPU's root is no shadow page of this VM");
-        require(p.role.level() == levels && !p.role.direct(), "a vCPU's root is not a top table");
+        require(p.role.may_be_root(), "a vCPU's root is not a top table");
         require(p.generation == tables_.generation_, "a vCPU's root is obsolete");
       });
     });
