@@ -474,7 +474,7 @@ TEST_CASE("protection keys are judged at each access, and their registers are wr
     return o.what == outcome::page_fault ? o.code.bits : o.what == outcome::done ? 0U : ~0U;
   };
   constexpr std::uint32_t denied = fault_code::present | fault_code::protection_key;
-  for (const std::uint64_t a : {0x400000, 0x401000, 0x600000, 0x800000}) CHECK(code(a, access::write) == 0);
+  for (const unsigned a : {0x400000U, 0x401000U, 0x600000U, 0x800000U}) CHECK(code(a, access::write) == 0);
   CHECK(code(0x402000, access::read) == ~0U);
   const auto faults = f.mmu.statistics().faults, flushes = f.mmu.statistics().flushes;
   f.cpu.set_pkru(1U << 6);  // AD of key 3
