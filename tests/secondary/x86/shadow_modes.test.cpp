@@ -425,6 +425,20 @@ TEST_CASE("a vCPU goes from mode to mode by its registers, and finds the root of
   CHECK(b.m.mmu.statistics().faults == faults);
 }
 
+TEST_CASE("whoever comes to PAE paging has loaded its PDPTEs, by whatever register he came") {
+  boot b;
+  REQUIRE(b.cpu.set_controls(b.steps[3]) == errc::ok);
+  x86::control_registers next = b.steps[3];  // the tables of four levels: their first four entries as PDPTEs
+  next.efer = 0;
+  CHECK(b.cpu.set_controls(next) == errc::bad_range);  // W and U are reserved
+  CHECK(b.cpu.mode() == paging::long_4);
+  REQUIRE(b.m.write64({next.cr3}, b.m.read64({b.steps[2].cr3})) == errc::ok);
+  CHECK(b.cpu.set_controls(next) == errc::ok);
+  CHECK(b.cpu.mode() == paging::pae);
+  CHECK(touch(b.cpu, gva{boot::page_of(0)}, access::write).at == b.m.now({boot::page_of(2)}));
+  CHECK(b.m.broken() == "");
+}
+
 TEST_CASE("one table that is read in three ways has three shadows, and a write takes down what it touches in each") {
   boot b;
   constexpr gva va{0x0};
