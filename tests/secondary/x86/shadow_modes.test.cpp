@@ -425,6 +425,20 @@ TEST_CASE("a vCPU goes from mode to mode by its registers, and finds the root of
   CHECK(b.m.mmu.statistics().faults == faults);
 }
 
+TEST_CASE("whoever comes to PAE paging has loaded its PDPTEs, by whatever register he came") {
+  boot b;
+  REQUIRE(b.cpu.set_controls(b.steps[3]) == errc::ok);
+  x86::control_registers next = b.steps[3];  // the tables of four levels: their first four entries as PDPTEs
+  next.efer = 0;
+  CHECK(b.cpu.set_controls(next) == errc::bad_range);  // W and U are reserved
+  CHECK(b.cpu.mode() == paging::long_4);
+  REQUIRE(b.m.write64({next.cr3}, b.m.read64({b.steps[2].cr3})) == errc::ok);
+  CHECK(b.cpu.set_controls(next) == errc::ok);
+  CHECK(b.cpu.mode() == paging::pae);
+  CHECK(touch(b.cpu, gva{boot::page_of(0)}, access::write).at == b.m.now({boot::page_of(2)}));
+  CHECK(b.m.broken() == "");
+}
+
 TEST_CASE("one table that is read in three ways has three shadows, and a write takes down what it touches in each") {
   boot b;
   constexpr gva va{0x0};
@@ -474,7 +488,7 @@ TEST_CASE("protection keys are judged at each access, and their registers are wr
     return o.what == outcome::page_fault ? o.code.bits : o.what == outcome::done ? 0U : ~0U;
   };
   constexpr std::uint32_t denied = fault_code::present | fault_code::protection_key;
-  for (const std::uint64_t a : {0x400000, 0x401000, 0x600000, 0x800000}) CHECK(code(a, access::write) == 0);
+  for (const unsigned a : {0x400000U, 0x401000U, 0x600000U, 0x800000U}) CHECK(code(a, access::write) == 0);
   CHECK(code(0x402000, access::read) == ~0U);
   const auto faults = f.mmu.statistics().faults, flushes = f.mmu.statistics().flushes;
   f.cpu.set_pkru(1U << 6);  // AD of key 3

@@ -92,7 +92,8 @@ class vcpu {
   paging mode() const noexcept { return state_.mode; }
 
   /// MOV to CR3. Errors: bad_range (bits beyond the physical-address width, or in a PDPTE that it loads: #GP), or those
-  /// of reading the PDPTEs (not_mapped, ...); nothing is changed then.
+  /// of reading the PDPTEs (not_mapped, ...); nothing is changed then. Progress: a load retries while invalidations
+  /// collide with it.
   errc set_cr3(std::uint64_t value) noexcept {
     control_registers next = controls_;
     next.cr3 = value;
@@ -309,7 +310,8 @@ class vcpu {
     c.cpl = state_.context.cpl;
     c.pdptes = state_.context.pdptes;
     constexpr bool stale = detail::mutated(detail::mutation::stale_pdptes);
-    if (m == paging::pae && !stale && (loads || reloads_pdptes(controls_, next))) {
+    const bool enters = state_.mode != paging::pae;
+    if (m == paging::pae && !stale && (loads || enters || reloads_pdptes(controls_, next))) {
       if (const errc e = mmu_.load_pdptes(c); e != errc::ok) return e;
     }
     controls_ = next;
