@@ -139,7 +139,8 @@ class shadow {
   }
 
   guest_host host_;
-  client_type mmu_{host_};
+  /// The kit asks for the promise to the letter: no bracket leaves a mapping, not even a read-only one.
+  client_type mmu_{host_, {.downgrades = event_set{}}};
   subscriber<client_type> node_{mmu_};
   std::array<cpu, 2> cpus_{cpu{mmu_}, cpu{mmu_}};
   std::atomic<unsigned> next_{0};

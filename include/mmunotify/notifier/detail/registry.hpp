@@ -75,7 +75,7 @@ class registry : public roster<Key, Platform> {
     kill(n);
     if constexpr (!mutated(mutation::no_leaving_grace_period)) grace_period();
     unlink(n);
-    domain_.synchronize();
+    grace_period();
     if constexpr (mutated(mutation::unlink_before_release)) run_release_hook(n);
     conclude(n, node::idle);
     go(1);
@@ -99,7 +99,7 @@ class registry : public roster<Key, Platform> {
     for (node* n = mine; n != nullptr; n = n->next_claimed_) kill(*n);
     if (mine != nullptr) grace_period();
     for (node* n = mine; n != nullptr; n = n->next_claimed_) unlink(*n);
-    if (mine != nullptr) domain_.synchronize();
+    if (mine != nullptr) grace_period();
     std::uint64_t departed = 0;
     for (; mine != nullptr; ++departed) {
       node* const n = mine;
@@ -243,7 +243,7 @@ class registry : public roster<Key, Platform> {
     bool last = false;
     for (; nodes != 0; --nodes) last = discount();
     // A bracket may have loaded the address of this registry just before the space was disarmed.
-    if (last && hooks_->emptied != nullptr) domain_.synchronize();
+    if (last && hooks_->emptied != nullptr) domain_.synchronize();  // the space's observer may be gone
     unpin();
   }
 
