@@ -78,9 +78,9 @@ concept byte_key = (std::unsigned_integral<Key> && sizeof(Key) >= 4) || requires
   { k.page() } -> std::same_as<Key>;
 };
 template <class Key>
-concept paged_key = byte_key<Key> || requires(Key k, std::uint64_t n) {
+concept paged_key = byte_key<Key> || requires(Key k, Key other, std::uint64_t n) {
   { k + n } -> std::same_as<Key>;
-  { k - k } -> std::same_as<std::uint64_t>;
+  { k - other } -> std::same_as<std::uint64_t>;
 };
 
 /// One page, in the key's unit.

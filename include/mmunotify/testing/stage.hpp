@@ -248,7 +248,7 @@ class stage final : public test_primary {
   }
 
   std::atomic_ref<std::uint64_t> word(std::uint64_t frame, std::uint64_t page, unsigned which) noexcept {
-    std::byte* const at = arena_ + frame * page_size + page % 16 * 64 + which * 8;
+    std::byte* const at = arena_ + frame * page_size + page % 16 * 64 + std::uint64_t{which} * 8;
     return std::atomic_ref<std::uint64_t>(*reinterpret_cast<std::uint64_t*>(at));
   }
   std::uint64_t load(std::uint64_t frame, std::uint64_t page, unsigned which) noexcept {
