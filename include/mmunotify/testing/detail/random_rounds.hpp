@@ -138,6 +138,23 @@ class one_thread {
   unsigned count_ = 0;
 };
 
+/// work(i) on a thread for each i < n, whose points give way to others at random. Returns: false without memory, and
+/// then nothing has run.
+template <class Work>
+[[nodiscard]] bool run_threads(std::uint64_t seed, unsigned n, Work work) {
+  const std::unique_ptr<std::thread[]> all(new (std::nothrow) std::thread[n]);
+  if (all == nullptr) return false;
+  for (unsigned i = 0; i < n; ++i) {
+    all[i] = std::thread([seed, i, work] {
+      current_schedule.restless = seed * 31 + i + 1;
+      work(i);
+      current_schedule.restless = 0;
+    });
+  }
+  for (unsigned i = 0; i < n; ++i) all[i].join();
+  return true;
+}
+
 /// Several threads. Devices load every page and store to their own; changers do what a primary does. Each device
 /// checks: a page shows a version that it has had since the access began, and what I stored is what I find.
 template <class Factory>
@@ -156,20 +173,8 @@ class many_threads {
   many_threads& operator=(const many_threads&) = delete;
 
   void run(unsigned steps) noexcept {
-    const std::unique_ptr<std::thread[]> all(new (std::nothrow) std::thread[devices_ + changers_]);
-    if (all == nullptr) return;
-    for (unsigned i = 0; i < devices_ + changers_; ++i) {
-      all[i] = std::thread([this, i, steps] {
-        current_schedule.restless = seed_ * 31 + i + 1;
-        if (i < devices_) {
-          device(i, steps);
-        } else {
-          change(i, steps);
-        }
-        current_schedule.restless = 0;
-      });
-    }
-    for (unsigned i = 0; i < devices_ + changers_; ++i) all[i].join();
+    const auto work = [this, steps](unsigned i) noexcept { i < devices_ ? device(i, steps) : change(i, steps); };
+    if (!run_threads(seed_, devices_ + changers_, work)) return;
     trial_.primary.protect(window, true);
     static_cast<void>(trial_.sees_all(window, "O1", "after threads have run"));
     for (std::uint64_t p = 0; p < window_pages; ++p) {

@@ -62,20 +62,8 @@ class reference_rounds {
   reference_rounds& operator=(const reference_rounds&) = delete;
 
   void run(unsigned steps) noexcept {
-    const std::unique_ptr<std::thread[]> all(new (std::nothrow) std::thread[devices_ + changers_]);
-    if (all == nullptr) return;
-    for (unsigned i = 0; i < devices_ + changers_; ++i) {
-      all[i] = std::thread([this, i, steps] {
-        current_schedule.restless = seed_ * 31 + i + 1;
-        if (i < devices_) {
-          device(i, steps);
-        } else {
-          change(i, steps);
-        }
-        current_schedule.restless = 0;
-      });
-    }
-    for (unsigned i = 0; i < devices_ + changers_; ++i) all[i].join();
+    const auto work = [this, steps](unsigned i) noexcept { i < devices_ ? device(i, steps) : change(i, steps); };
+    if (!run_threads(seed_, devices_ + changers_, work)) return;
     settle();
     verdict_.that(primary_.mmu.exit() == errc::ok, "L3", "exit failed");
     for (std::uint64_t p = 0; p < window_pages; ++p) {
