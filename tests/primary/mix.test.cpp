@@ -526,8 +526,7 @@ TEST_CASE("O1: with everything at once on many threads, every write is where its
 }
 
 TEST_CASE("torture: the same for longer, with one seed after another" * doctest::skip()) {
-  const auto end =
-      std::chrono::steady_clock::now() + std::chrono::seconds(number_from("MMUNOTIFY_TORTURE_SECONDS", 4));
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(number_from("MMUNOTIFY_TORTURE_SECONDS", 4));
   for (std::uint64_t seed = run_seed() + 1000; std::chrono::steady_clock::now() < end; ++seed) {
     many_threads(seed, 200);
     random_family(seed, 2000);
