@@ -106,7 +106,8 @@ class interval_roster {
   /// Effects: n covers r from now on. Addresses in both ranges are covered all the time; a bracket over them may call n
   /// twice (each with its clip, and as many ends). Faults that have begun retry. The
   /// old range costs brackets over it a look until two grace periods have passed. Errors: bad_range, not_registered,
-  /// no_memory; again if another resizes it at the same time: nothing has changed. Progress, context: as insert.
+  /// no_memory; again if another resizes or inserts it at the same time: nothing has changed. Progress, context: as
+  /// insert.
   errc resize(interval& n, range_type r) noexcept {
     if (const errc e = may_change(r); e != errc::ok) return e;
     if (const errc e = claim(n, phase::changing); e != errc::ok) return e;
@@ -157,7 +158,8 @@ class interval_roster {
     return r.empty() ? errc::bad_range : context_.domain.attach_this_thread();
   }
 
-  /// Returns: true if n is registered here, and ours to remove. A resize in the way is waited for: it takes no time.
+  /// Returns: true if n is registered here, and ours to remove. A resize in the way is waited for: it takes no time; so
+  /// is the rest of an insertion, of which a callback may be the first to know.
   bool claim_removal(interval& n) noexcept {
     while (true) {
       const errc e = claim(n, phase::leaving);
@@ -165,12 +167,13 @@ class interval_roster {
       std::this_thread::yield();
     }
   }
-  /// Errors: not_registered, again if another changes it.
+  /// Errors: not_registered, again if another changes it, or has not quite inserted it.
   errc claim(interval& n, phase to) noexcept {
     if (!is_here(n)) return errc::not_registered;
-    if (!move(n, phase::live, to)) {
-      return n.phase_.load(std::memory_order_acquire) == phase::changing ? errc::again  // (in2)
-                                                                         : errc::not_registered;
+    std::uint8_t found = phase::live;
+    // (in2) acquire pairs with (in1). What it found decides, and not a second look: it may be live again by then.
+    if (!n.phase_.compare_exchange_strong(found, to, std::memory_order_acquire, std::memory_order_acquire)) {
+      return found == phase::changing || found == phase::joining ? errc::again : errc::not_registered;
     }
     if (is_here(n)) return errc::ok;
     n.phase_.store(phase::live, std::memory_order_release);  // (in1): it has moved to another set meanwhile
