@@ -6,7 +6,8 @@
 // of these translations, and others, through a shadow MMU, while the primary MMU swaps, migrates, protects, unmaps,
 // moves and re-maps the memory behind them as fast as it can, and the shadow MMU itself is unregistered and registered
 // again. Meanwhile its owner logs the guest's writes, harvests the log, and throws all shadow tables away. Each access
-// is judged in guest mode against what must be there (guest.hpp).
+// is judged in guest mode against what must be there (guest.hpp). Once a second all stand still, and both MMUs' tables
+// are verified.
 //
 // Exit status: 0 nothing was wrong, 1 something was, 2 bad options or an unusable capture.
 
@@ -34,6 +35,7 @@
 #include "capture.hpp"
 #include "capture_replay.hpp"
 #include "guest.hpp"
+#include "standstill.hpp"
 
 namespace {
 
@@ -168,7 +170,7 @@ class show {
  private:
   static constexpr std::size_t hot_count = 192;
   static constexpr std::uint64_t too_many = 20;  ///< mismatches after which there is no more to learn
-  static constexpr double stalled_after = 20;    ///< seconds
+  static constexpr int stalled_after = 20;       ///< seconds
 
   // --- vCPUs. -----------------------------------------------------------------------------------------------------
 
@@ -182,7 +184,9 @@ class show {
     }
     random_source random(options_.seed * 1000 + me);
     std::uint64_t next = list_.size() / options_.vcpus * me;
+    standstill::worker worker(all_);
     for (std::uint64_t n = 0; !stop_.load(std::memory_order_relaxed); ++n) {
+      worker.pass();
       if (options_.accesses != 0 && n >= options_.accesses) break;
       if (random.one_in(16)) {
         touch_unlisted(cpu, random);
@@ -304,7 +308,9 @@ class show {
 
   void run_changer(std::uint64_t me) {
     random_source random(options_.seed * 77 + me);
+    standstill::worker worker(all_);
     while (!stop_.load(std::memory_order_relaxed)) {
+      worker.pass();
       const std::uint64_t first =
           random.one_in(4) ? random.below(machine_.pages()) : frame_of(hot_[random.below(hot_.size())].physical).value;
       if (first >= machine_.pages()) continue;
@@ -400,7 +406,9 @@ class show {
 
   void run_detacher() {
     std::uint64_t next = 4096;
+    standstill::worker worker(all_);
     while (!stop_.load(std::memory_order_relaxed)) {
+      worker.pass();
       if (tally_.accesses.load(std::memory_order_relaxed) < next) {
         std::this_thread::yield();
         continue;
@@ -423,9 +431,12 @@ class show {
     std::vector<std::uint64_t> words(x86::dirty_log::words_for(machine_.pages()));
     random_source random(options_.seed * 31);
     std::uint64_t next = 2048;
+    standstill::worker worker(all_);
     for (std::uint64_t round = 0; !stop_.load(std::memory_order_relaxed); ++round) {
+      worker.pass();
       while (tally_.accesses.load(std::memory_order_relaxed) < next && !stop_.load(std::memory_order_relaxed)) {
         std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        worker.pass();
       }
       next = tally_.accesses.load(std::memory_order_relaxed) + 1000;
       const x86::dirty_tracking way = ways[round / 8 % 3];
@@ -464,6 +475,7 @@ class show {
       if (options_.accesses == 0 && now >= static_cast<double>(options_.seconds)) stop_.store(true);
       if (now < next) continue;
       next += 1;
+      if (!stop_.load()) verify_at_rest();
       std::printf("%4.0f s  %12llu accesses  %6llu detached  %llu mismatches\n", now,
                   static_cast<unsigned long long>(accesses), static_cast<unsigned long long>(tally_.detached.load()),
                   static_cast<unsigned long long>(tally_.mismatches.load()));
@@ -472,9 +484,21 @@ class show {
     seconds_ = elapsed();
   }
 
-  int finish() {
+  void verify_at_rest() {
+    if (all_.run(std::chrono::seconds(stalled_after), [this] { verify(); })) {
+      ++rests_;
+    } else {
+      std::fprintf(stderr, "MISMATCH: a thread does not come to rest\n");
+      std::_Exit(1);
+    }
+  }
+  void verify() {
     if (const char* broken = mmu_.verify(); broken != nullptr) mismatch({}, broken);
     if (const char* broken = machine_.primary().verify(); broken != nullptr) mismatch({}, broken);
+  }
+
+  int finish() {
+    verify();
     const std::uint64_t wrong_pages = machine_.count_wrong_pages();
     if (wrong_pages != 0) mismatch({}, "pages do not hold what the guest wrote");
     auto& space = machine_.primary().space();
@@ -500,6 +524,7 @@ class show {
     row("accesses checked", accesses);
     row("translations recorded", list_.size());
     row("translations checked", touched);
+    row("verified while all stood still", rests_);
     row("mismatches", tally_.mismatches.load());
     row("guest page faults, as recorded", tally_.guest_faults.load());
     row("refused while not mapped", tally_.refused.load());
@@ -533,6 +558,8 @@ class show {
   mmu_type mmu_;
   subscriber<mmu_type> node_{mmu_};
   tally tally_;
+  standstill all_;
+  std::uint64_t rests_ = 0;
   std::atomic<std::uint64_t> next_victim_{0};
   std::atomic<bool> stop_{false};
   std::atomic<std::uint64_t> running_{options_.vcpus};
