@@ -248,6 +248,38 @@ TEST_CASE_TEMPLATE("L6: an interval belongs to one space, and others do not know
   CHECK_FALSE(w.space.armed());
 }
 
+TEST_CASE("L9: an interval forgets a space that it has left, also while it is being inserted into the next") {
+  counting_client c;
+  notifier_of iv{c};
+  address_space<arming::tracked> lasting;
+  std::atomic<int> round{0};
+  std::atomic<bool> inserted{false};
+  std::thread remover([&] {
+    for (int mine = 1; mine <= 300; ++mine) {
+      while (round.load() != mine) std::this_thread::yield();
+      while (lasting.remove_async(iv) != errc::ok && !inserted.load()) {
+      }
+      round.store(-mine);
+    }
+  });
+  for (int i = 1; i <= 300; ++i) {
+    {
+      address_space<arming::tracked> brief;
+      REQUIRE(brief.insert(iv, {0, page}) == errc::ok);
+      REQUIRE(brief.remove(iv) == errc::ok);
+    }
+    inserted.store(false);
+    round.store(i);
+    REQUIRE(lasting.insert(iv, {0, page << (i % 8)}) == errc::ok);
+    inserted.store(true);
+    while (round.load() != -i) std::this_thread::yield();
+    static_cast<void>(lasting.remove(iv));
+    CHECK(lasting.barrier() == errc::ok);
+    REQUIRE_FALSE(iv.registered());
+  }
+  remover.join();
+}
+
 TEST_CASE("D2: a space that is compiled out has no intervals") {
   address_space<disabled> none;
   counting_client c;

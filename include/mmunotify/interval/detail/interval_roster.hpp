@@ -150,7 +150,10 @@ class interval_roster {
     return n.phase_.compare_exchange_strong(expected, to, std::memory_order_acquire, std::memory_order_relaxed);
   }
   static void settle(interval& n, phase p) noexcept {
-    if (p == phase::idle) n.context_.store(nullptr, std::memory_order_relaxed);
+    if (p == phase::idle) {
+      n.context_.store(nullptr, std::memory_order_relaxed);
+      n.set_.store(nullptr, std::memory_order_relaxed);  // it may go before the next insertion says another
+    }
     n.phase_.store(p, std::memory_order_release);  // (in1) pairs with (in2)
   }
 
