@@ -77,6 +77,40 @@ TEST_CASE_TEMPLATE("L7: a client removes itself in its own callback; it is told 
   CHECK_FALSE(primary.space.armed());  // D3
 }
 
+TEST_CASE("L7: a client removes itself in a callback that comes before its registration has returned") {
+  leaver::freed.store(0);
+  leaver::releases.store(0);
+  tracked_primary primary;
+  auto* const client = new leaver;
+  std::atomic<bool> asked{false};
+  errc first = errc::again;
+  errc second = errc::again;
+  client->leave = [&](auto& n, auto done) {
+    const errc e = primary.space.unregister_async(n, done);
+    (asked.exchange(true) ? second : first) = e;
+    return e;
+  };
+  std::atomic<bool> joined{false};
+  std::thread newcomer;
+  {
+    const auto outer = primary.space.invalidate({0, 1}, event::unmap);  // the registration waits for it
+    newcomer = std::thread([&] {
+      CHECK(primary.join(client->node) == errc::ok);
+      joined.store(true);
+    });
+    while (!asked.load()) const auto inner = primary.space.invalidate({0, 1}, event::unmap);
+    CHECK(first == errc::ok);
+    CHECK(second == errc::not_registered);
+    CHECK_FALSE(joined.load());
+    CHECK(leaver::freed.load() == 0);
+  }
+  newcomer.join();
+  CHECK(primary.space.barrier() == errc::ok);
+  CHECK(leaver::freed.load() == 1);
+  CHECK(leaver::releases.load() == 1);
+  CHECK_FALSE(primary.space.armed());
+}
+
 TEST_CASE_TEMPLATE("L8: barrier returns after every removal that was asked for before has told its owner", P,
                    EVERY_PRIMARY) {
   leaver::freed.store(0);

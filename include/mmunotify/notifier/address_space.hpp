@@ -273,7 +273,8 @@ class address_space {
 
   /// Effects: the same without waiting: the worker runs the release hook, waits, and calls done(node) if it is not null
   /// (before the call returns, if the space's release() is done with the node already). Until then the node is called.
-  /// A removal that is under way already, by unregister() or release(), calls done(node) as well. Returns: ok;
+  /// A removal that is under way already, by unregister() or release(), calls done(node) as well; a registration that
+  /// has not returned, of which a callback may come first, goes through and is followed by the removal. Returns: ok;
   /// not_registered, also if another unregister_async() was called before. Progress: never waits. Context: anywhere,
   /// also in callbacks and brackets of this space (L7). Before the space goes: barrier().
   errc unregister_async(basic_subscriber<key>& node, done_hook done = nullptr) noexcept {

@@ -143,7 +143,8 @@ class basic_subscriber : public hlist_node {
   // unregister_async
   struct removal : srcu_head {
     basic_subscriber* node = nullptr;  ///< under way
-    bool adopted = false;              ///< asked for while another removal was under way, which hands over to it
+    bool adopted =
+        false;  ///< asked for while another removal, or the registration, was under way, which hands over to it
     void (*done)(basic_subscriber&) noexcept = nullptr;
   } removal_{};
 };

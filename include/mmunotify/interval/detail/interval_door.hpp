@@ -142,7 +142,7 @@ class interval_home : public interval_set<Key> {
     static_cast<void>(registry_type::claim(a, space, before));  // cannot fail: it is free
     registry_.link_locked(a);
     registry_.pin_locked();
-    registry_.settle(a);
+    registry_.settle_locked(a);
     on_ = true;
     this->set_unknown(true);
     ++joined_;

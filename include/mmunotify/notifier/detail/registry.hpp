@@ -13,6 +13,7 @@
 #include <atomic>
 #include <cstdint>
 #include <mutex>
+#include <utility>
 
 #include <mmunotify/base/result.hpp>
 #include <mmunotify/config.hpp>
@@ -59,6 +60,24 @@ class registry : public roster<Key, Platform> {
     if (const auto* const i = this->intervals(); i != nullptr) i->destroy(i->set);
   }
 
+  /// Last step of a registration: the node may leave now, and does if a callback has asked for that already.
+  void settle(node& n) noexcept {
+    const std::lock_guard lock(writers_);
+    settle_locked(n);
+  }
+  void settle_locked(node& n) noexcept {
+    note(observe::occurrence::registration);  // first: whoever may leave may be the last, and the space may go
+    const bool leaves = std::exchange(n.removal_.adopted, false);
+    n.phase_.store(leaves ? node::parting : node::live, std::memory_order_release);  // (n3) pairs with (n4)
+    if (leaves) {
+      n.removal_.node = &n;
+      part_later(n);
+      hand_over();
+    }
+    // (n5) release pairs with (n6): whoever saw the count fall sees the node live.
+    if (joining_.fetch_sub(1, std::memory_order_release) == 1) Platform::wake(joining_);
+  }
+
   // --- Leaving. -----------------------------------------------------------------------------------------------------
 
   /// Effects: the whole of unregister() for a node that where() says is linked here. Returns: also again, if the node
@@ -88,7 +107,8 @@ class registry : public roster<Key, Platform> {
     if (c.error != errc::ok || c.phase != node::live) return c.error;
     // Not bounded by a backlog: there are only so many nodes. Of the steps' three grace periods the first is not
     // needed, but the hook must not run in the caller's place, which may hold what it takes.
-    return domain_.call_unbounded(n.removal_, [](srcu_head* h) noexcept { step_of(h, &registry::part); });
+    part_later(n);
+    return errc::ok;
   }
 
   /// Effects: runs every release hook that nobody has run, waits for those that others run (L3), lets go of the nodes
@@ -156,14 +176,14 @@ class registry : public roster<Key, Platform> {
 
   /// One winner (L4), who takes a live node to the phase `to`. Under the writers' mutex nothing moves that identifies a
   /// registration: a node that is linked here cannot leave, and so cannot be linked elsewhere. An asynchronous removal
-  /// that finds the node leaving is adopted by whoever removes it.
+  /// that finds the node leaving, or coming, is adopted by whoever removes or registers it.
   claimed claim_release(node& n, const void* home, std::uint32_t to, done_hook done = nullptr) noexcept {
     const std::lock_guard lock(writers_);
     if (n.where_.load(std::memory_order_relaxed) != this) return {errc::again, 0};
     if (n.home_.load(std::memory_order_relaxed) != home) return {errc::not_registered, 0};
     const std::uint32_t phase = n.phase_.load(std::memory_order_acquire);  // (n4) pairs with (n3)
-    if (phase == node::joining) return {errc::not_registered, phase};
     if (to == node::leaving) {
+      if (phase == node::joining) return {errc::not_registered, phase};
       // Who waits for a removal that callbacks do, or may come to do, must not be one.
       const bool waits_for_callbacks = phase != node::live;
       if (domain_.held_by_this_thread() || (waits_for_callbacks && domain_.runs_callbacks_here())) {
@@ -175,10 +195,8 @@ class registry : public roster<Key, Platform> {
       n.removal_.done = done;
       n.removal_.node = phase == node::live ? &n : nullptr;
       n.removal_.adopted = phase != node::live;
-      if (n.removal_.adopted) {
-        ++count_;  // the space stays armed until done() has returned
-        adopted_.fetch_add(1, std::memory_order_relaxed);
-      }
+      if (n.removal_.adopted) adopted_.fetch_add(1, std::memory_order_relaxed);
+      if (n.removal_.adopted && phase != node::joining) ++count_;  // the space stays armed until done() has returned
       pin_locked();
     } else if (phase == node::live) {
       pin_locked();
@@ -205,13 +223,15 @@ class registry : public roster<Key, Platform> {
     node& n = *static_cast<typename node::removal*>(h)->node;
     (static_cast<registry*>(n.where_.load(std::memory_order_relaxed))->*step)(n);
   }
+  void part_later(node& n) noexcept {
+    static_cast<void>(domain_.call_unbounded(n.removal_, [](srcu_head* h) noexcept { step_of(h, &registry::part); }));
+  }
   void part(node& n) noexcept {
     if (claim_for_release(n, node::parting)) {
       run_release_hook(n);
     } else if (n.phase_.load(std::memory_order_acquire) == node::leaving) {  // (n4)
       // The space's release() runs it, in a section: so this comes after it. The worker must not wait for a hook.
-      static_cast<void>(domain_.call_unbounded(n.removal_, [](srcu_head* h) noexcept { step_of(h, &registry::part); }));
-      return;
+      return part_later(n);
     }
     kill(n);
     static_cast<void>(
@@ -234,6 +254,10 @@ class registry : public roster<Key, Platform> {
     if (finish(n, phase)) return;
     static_cast<void>(
         domain_.call_unbounded(n.removal_, [](srcu_head* h) noexcept { step_of(h, &registry::finish_parting); }));
+    hand_over();
+  }
+  /// An adopted removal has its callback.
+  void hand_over() noexcept {
     // (n16) release pairs with (n17): who sees the count fall has its barrier behind the callback.
     if (adopted_.fetch_sub(1, std::memory_order_release) == 1) Platform::wake(adopted_);
   }
@@ -308,7 +332,8 @@ class registry : public roster<Key, Platform> {
     registry* home;
   };
 
-  std::atomic<std::uint32_t> adopted_{0};  ///< asynchronous removals that wait for one that waits
+  std::atomic<std::uint32_t> adopted_{
+      0};  ///< asynchronous removals that wait for one that waits, or for a registration
   emptying emptying_{this};
 };
 

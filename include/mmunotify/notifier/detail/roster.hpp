@@ -101,14 +101,6 @@ class roster : public audience<Key, Platform> {
     version_.store(next, std::memory_order_release);  // (n1) pairs with (n2)
   }
 
-  /// Last step, when the node may be used: it may also leave now.
-  void settle(node& n) noexcept {
-    note(observe::occurrence::registration);  // first: whoever may leave may be the last, and the space may go
-    n.phase_.store(node::live, std::memory_order_release);  // (n3) pairs with (n4)
-    // (n5) release pairs with (n6): whoever saw the count fall sees the node live.
-    if (joining_.fetch_sub(1, std::memory_order_release) == 1) Platform::wake(joining_);
-  }
-
   /// Effects: hands the node's client what exists already: existing(visit) calls visit(range) for each range. The
   /// client's hook runs as all hooks do, in a section. Precondition: linked, not settled.
   template <class Existing>
