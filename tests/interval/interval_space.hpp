@@ -24,6 +24,17 @@ struct interval_probe {
     n.word_.~collision_word();
     new (&n.word_) detail::collision_word(sequence);
   }
+  /// What the brackets go by that start now.
+  template <class Key>
+  static std::uint64_t version(const basic_interval<Key>& n) noexcept {
+    return n.context_.load()->clock.read();
+  }
+  /// Whether a bracket of that version calls the interval: by the range that it was inserted with, or the current one.
+  template <class Key>
+  static bool hears(basic_interval<Key>& n, std::uint64_t version) noexcept {
+    auto& clock = n.context_.load()->clock;
+    return n.first_entry_.hears(version, clock) || n.current_.load()->hears(version, clock);
+  }
 };
 }  // namespace MMUNOTIFY_ABI
 }  // namespace mmunotify
