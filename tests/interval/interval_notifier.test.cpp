@@ -164,25 +164,17 @@ TEST_CASE("C1: read_begin waits for the brackets that overlap, all of them") {
   counter c;
   notifier_of_counter iv{c};
   REQUIRE(space.set.insert(iv, {0x2000, 0x4000}) == errc::ok);
-  std::atomic<bool> returned{false};
-  std::optional<std::thread> fault;
+  std::optional<beside_fault> fault;
   {
     const auto a = space.invalidate({0x2000, 0x2001});
     {
       const auto b = space.invalidate({0x3000, 0x9000});
-      fault.emplace([&] {
-        const auto s = iv.read_begin();
-        returned.store(true);
-        CHECK_FALSE(iv.read_retry(s));
-      });
-      let_others_run();
-      CHECK_FALSE(returned.load());
+      fault.emplace(iv);
+      CHECK(fault->waits());
     }
-    let_others_run();
-    CHECK_FALSE(returned.load());
+    CHECK(fault->waits());
   }
-  fault->join();
-  CHECK(returned.load());
+  CHECK(fault->succeeds());
   CHECK(space.set.remove(iv) == errc::ok);
 }
 
@@ -228,23 +220,16 @@ TEST_CASE("C5: an interval inserted under a bracket counts as being invalidated 
   interval_space space;
   counter c;
   notifier_of_counter iv{c};
-  std::atomic<bool> returned{false};
-  std::optional<std::thread> fault;
+  std::optional<beside_fault> fault;
   {
     const auto elsewhere = space.invalidate({0x9000, 0xa000});
     {
       const auto b = space.invalidate({0x3000, 0x5000});
       REQUIRE(space.set.insert(iv, {0x2000, 0x4000}) == errc::ok);
-      fault.emplace([&] {
-        const auto s = iv.read_begin();
-        returned.store(true);
-        CHECK_FALSE(iv.read_retry(s));
-      });
-      let_others_run();
-      CHECK_FALSE(returned.load());
+      fault.emplace(iv);
+      CHECK(fault->waits());
     }
-    fault->join();  // though `elsewhere` is open
-    CHECK(returned.load());
+    CHECK(fault->succeeds());  // though `elsewhere` is open
   }
   CHECK(c.starts.load() == 0);  // P1: neither start nor end of a bracket that was there before
   CHECK(c.ends.load() == 0);
@@ -257,21 +242,16 @@ TEST_CASE("C5: an interval that grows into a bracket in flight waits for it") {
   notifier_of_counter iv{c};
   REQUIRE(space.set.insert(iv, {0x2000, 0x3000}) == errc::ok);
   const auto before = iv.read_begin();
-  std::atomic<bool> returned{false};
-  std::optional<std::thread> fault;
+  std::optional<beside_fault> fault;
   {
     const auto b = space.invalidate({0x8000, 0x9000});
     CHECK_FALSE(iv.read_retry(before));
     REQUIRE(space.set.resize(iv, {0x2000, 0xa000}) == errc::ok);
     CHECK(iv.read_retry(before));
-    fault.emplace([&] {
-      static_cast<void>(iv.read_begin());
-      returned.store(true);
-    });
-    let_others_run();
-    CHECK_FALSE(returned.load());
+    fault.emplace(iv);
+    CHECK(fault->waits());
   }
-  fault->join();
+  CHECK(fault->succeeds());
   CHECK(iv.read_retry(before));
   CHECK(space.set.remove(iv) == errc::ok);
 }
@@ -284,20 +264,15 @@ TEST_CASE("C5: brackets beyond the slots are waited for as well") {
   for (unsigned i = 0; i < detail::flight_table::size; ++i) {
     open.emplace_back(space, invalidation{.range = {0x9000, 0xa000}});
   }
-  std::atomic<bool> returned{false};
-  std::optional<std::thread> fault;
+  std::optional<beside_fault> fault;
   {
     const auto b = space.invalidate({0x2000, 0x3000});  // counted only
     open.clear();
     REQUIRE(space.set.insert(iv, {0x2000, 0x4000}) == errc::ok);
-    fault.emplace([&] {
-      static_cast<void>(iv.read_begin());
-      returned.store(true);
-    });
-    let_others_run();
-    CHECK_FALSE(returned.load());
+    fault.emplace(iv);
+    CHECK(fault->waits());
   }
-  fault->join();
+  CHECK(fault->succeeds());
   CHECK(c.starts.load() == 0);
   CHECK(c.ends.load() == 0);
   CHECK(space.set.remove(iv) == errc::ok);

@@ -3,12 +3,16 @@
 
 // A set of intervals with what an address space adds to it: sections, and brackets as scopes.
 
+#include <atomic>
 #include <cstdint>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
 #include <mmunotify/interval/detail/interval_set.hpp>
+
+#include "support/threads.hpp"
 
 namespace mmunotify {
 inline namespace MMUNOTIFY_ABI {
@@ -94,3 +98,32 @@ struct basic_interval_space {
 };
 
 using interval_space = basic_interval_space<std::uintptr_t>;
+
+/// A fault in a thread of its own: read_begin, and what it returned, if nothing collides afterwards, is good.
+class beside_fault {
+ public:
+  explicit beside_fault(mmunotify::basic_interval<std::uintptr_t>& n)
+      : thread_([this, &n] {
+          const auto seq = n.read_begin();
+          returned_.store(true);
+          good_ = !n.read_retry(seq);
+        }) {}
+  ~beside_fault() {
+    if (thread_.joinable()) thread_.join();
+  }
+  /// Whether read_begin has not returned, although it had the time. A hint: it may be slow.
+  bool waits() const {
+    let_others_run();
+    return !returned_.load();
+  }
+  /// Waits for it. Returns: whether the sequence was good.
+  bool succeeds() {
+    thread_.join();
+    return good_;
+  }
+
+ private:
+  std::atomic<bool> returned_{false};
+  bool good_ = false;
+  std::thread thread_;  // last: it uses the others
+};

@@ -101,19 +101,14 @@ TEST_CASE("C5: brackets that began before there was an interval are waited for b
   address_space<arming::tracked> space;
   counting_client c;
   notifier_of iv{c};
-  std::atomic<bool> returned{false};
-  std::optional<std::thread> fault;
+  std::optional<beside_fault> fault;
   {
     const auto bracket = space.invalidate({0, page}, event::unmap);  // nobody is there
     REQUIRE(space.insert(iv, {0, page}) == errc::ok);
-    fault.emplace([&] {
-      static_cast<void>(iv.read_begin());
-      returned.store(true);
-    });
-    let_others_run();
-    CHECK_FALSE(returned.load());
+    fault.emplace(iv);
+    CHECK(fault->waits());
   }
-  fault->join();
+  CHECK(fault->succeeds());
   CHECK(c.starts == 0);
   CHECK(space.remove(iv) == errc::ok);
   CHECK(space.barrier() == errc::ok);

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "interval/interval_space.hpp"
+#include "support/domains.hpp"
 #include "support/recording_client.hpp"
 #include "support/spaces.hpp"
 
@@ -164,10 +165,7 @@ TEST_CASE_TEMPLATE("L6: the first interval of a space that runs out of memory le
 }
 
 TEST_CASE("L6: an insertion that finds no slot for its space changes nothing, and the next one may succeed") {
-  std::vector<std::unique_ptr<srcu_domain>> all;
-  do {
-    all.push_back(std::make_unique<srcu_domain>());
-  } while (all.back()->status() == errc::ok);
+  auto all = take_all_slots();
   counting_client c;
   notifier_of iv{c};
   tracked_primary tracked;
@@ -196,10 +194,7 @@ TEST_CASE("L6: an insertion that finds no slot for its space changes nothing, an
 }
 
 TEST_CASE("L6: an interval set without a slot of its own refuses what would need one") {
-  std::vector<std::unique_ptr<srcu_domain>> all;
-  do {
-    all.push_back(std::make_unique<srcu_domain>());
-  } while (all.back()->status() == errc::ok);
+  auto all = take_all_slots();
   {
     interval_space space;
     counting_client c;
