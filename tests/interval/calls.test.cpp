@@ -186,6 +186,7 @@ TEST_CASE_TEMPLATE("O5: young pages: an interval answers for its part of a batch
     std::array<std::uint64_t, 1> few{1};
     CHECK(primary.space.young_pages({at(72), at(88)}, few, false) == errc::ok);  // the end of a; nobody is young
     CHECK(few[0] == 1);
+    REQUIRE_FALSE(far.asked.empty());
     CHECK(far.asked.back() == mmunotify::range{at(72), at(75)});
   }
   CHECK(primary.space.unregister(d) == errc::ok);

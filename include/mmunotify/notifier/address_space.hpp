@@ -259,6 +259,8 @@ class address_space {
   template <class Interval, class Lock, std::invocable<basic_range_visitor<key>> Existing>
     requires detail::is_under<Arming>
   errc insert(Interval& n, range_type r, const Lock& held, Existing&& existing) noexcept {
+    static_assert(exclusive_lock_of<Lock, typename Arming::mutex>,
+                  "mmunotify: insert needs a lock that owns the mutex type that arming::under names exclusively");
     if (!detail::owns(held)) return errc::lock_not_held;
     return detail::interval_door<key, Interval>::template insert<false>(gate_, this, n, r, existing);
   }
