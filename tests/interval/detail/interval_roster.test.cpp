@@ -54,6 +54,11 @@ errc with_memory_for(int n, F f) {
   if (void* const p = std::malloc(n != 0 ? n : 1); p != nullptr) return p;
   std::abort();
 }
+[[gnu::noinline]] void* operator new(std::size_t n, std::align_val_t a) {
+  const auto align = static_cast<std::size_t>(a);
+  if (void* const p = std::aligned_alloc(align, (n + align - 1) / align * align); p != nullptr) return p;
+  std::abort();
+}
 [[gnu::noinline]] void operator delete(void* p) noexcept { std::free(p); }
 [[gnu::noinline]] void operator delete(void* p, std::size_t) noexcept { std::free(p); }
 [[gnu::noinline]] void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }

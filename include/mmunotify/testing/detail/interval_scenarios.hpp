@@ -93,6 +93,21 @@ void drops_the_common_part(trial<Factory>& t) noexcept {
   static_cast<void>(t.sees_all(inner, "C10", "after the last bracket"));
 }
 
+/// A second adapter of a scenario, attached, until it goes.
+template <class Adapter>
+class guest {
+ public:
+  guest(Adapter& a, test_space& space, judge& j) noexcept : adapter_(a), space_(space), judge_(j) {}
+  guest(const guest&) = delete;
+  guest& operator=(const guest&) = delete;
+  ~guest() { judge_.that(adapter_.detach(space_) == errc::ok, "L5", "a second interval cannot be detached"); }
+
+ private:
+  Adapter& adapter_;
+  test_space& space_;
+  judge& judge_;
+};
+
 /// C2: what happens in another interval of the space, before or in the middle of a fault, does not make it retry.
 template <class Factory>
 void another_interval(Factory& factory, judge& j) noexcept {
@@ -103,7 +118,8 @@ void another_interval(Factory& factory, judge& j) noexcept {
     auto neighbour = factory(t.primary);
     neighbour->where = other;
     if (!place_and_settle(t, mine)) return;
-    j.that(neighbour->attach(t.primary.space()) == errc::ok, "L9", "a second interval cannot be attached");
+    if (!j.that(neighbour->attach(t.primary.space()) == errc::ok, "L9", "a second interval cannot be attached")) return;
+    const guest leaves(*neighbour, t.primary.space(), j);
     t.primary.replace(mine);
     if (!t.sees_all(mine, "access", "after the first bracket")) return;
     t.primary.replace(mine);
@@ -115,7 +131,6 @@ void another_interval(Factory& factory, judge& j) noexcept {
         n, [&] { t.primary.replace(other); }, [&] { r = t.load(disputed); });
     j.that(r.error == errc::ok && r.value == t.primary.expected(disputed), "C2",
            "a bracket over another interval ran in the middle of a fault, which ends with: %s", to_string(r.error));
-    j.that(neighbour->detach(t.primary.space()) == errc::ok, "L5", "a second interval cannot be detached");
   }
 }
 
@@ -159,12 +174,21 @@ void detached_in_a_bracket(trial<Factory>& t) noexcept {
   t.verdict.that(e != errc::ok, "L1", "detach says that the interval is gone, and a bracket has still to call it");
   stage::for_each(pages_at(6, 2), [&](std::uint64_t p) { t.primary.take_back(p); });
   t.primary.end(ticket);
-  if (t.failed()) return t.forget();
+  if (e == errc::ok) return t.forget();
+  if (t.failed()) return;
   t.detach();
   if (!t.failed()) static_cast<void>(not_its_own(t, inner, "L1", "detached"));
 }
 
-/// Effects: waits until an interval that goes by itself is free.
+/// Effects: the adapter goes without waiting. Returns: false if it does not.
+template <class Factory>
+bool begin_to_leave(trial<Factory>& t) noexcept {
+  const errc e = t.adapter().adapter().detach_later(t.primary.space());
+  if (!t.verdict.that(e == errc::ok, "C6", "detach_later: %s", to_string(e))) return false;
+  t.forget();
+  return true;
+}
+/// Effects: waits until it is free.
 template <class Factory>
 void outwait(trial<Factory>& t) noexcept {
   while (t.adapter().adapter().attached()) static_cast<void>(t.primary.space().barrier());
@@ -178,15 +202,13 @@ void detached_later(Factory& factory, judge& j) noexcept {
       trial<Factory> t(factory, j, false);
       if (!place(t, inner) || !t.sees_all(inner, "access", "at first")) return;
       const auto ticket = t.primary.start(pages_at(6, 2));
-      const errc e = t.adapter().adapter().detach_later(t.primary.space());
-      j.that(e == errc::ok, "C6", "detach_later inside a bracket: %s", to_string(e));
-      bool fine = not_its_own(t, inner, "L1", "it is being removed");
-      fine =
-          fine && j.that(t.adapter().adapter().attached(), "P2", "it is free, and a bracket has still to call its end");
+      if (!begin_to_leave(t)) return t.primary.end(ticket);
+      const bool fine =
+          not_its_own(t, inner, "L1", "it is being removed") &&
+          j.that(t.adapter().adapter().attached(), "P2", "it is free, and a bracket has still to call its end");
       stage::for_each(pages_at(6, 2), [&](std::uint64_t p) { t.primary.take_back(p); });
       t.primary.end(ticket);
       outwait(t);
-      t.forget();
       t.primary.replace(window);
       if (fine) t.attach();
       if (!t.failed()) static_cast<void>(t.sees_all(inner, "L9", "it was removed without waiting, and is back"));
@@ -195,12 +217,13 @@ void detached_later(Factory& factory, judge& j) noexcept {
     for (unsigned n = 0; reached && n < point_limit && !j.failed(); ++n) {
       trial<Factory> t(factory, j, false);
       if (!place(t, inner)) return;
-      const auto go = [&] { static_cast<void>(t.adapter().adapter().detach_later(t.primary.space())); };
-      reached = interject(n, go, [&] { static_cast<void>(t.load(disputed)); });
-      if (!reached) go();
+      bool leaves = false;
+      reached = interject(
+          n, [&] { leaves = begin_to_leave(t); }, [&] { static_cast<void>(t.load(disputed)); });
+      if (!reached) leaves = begin_to_leave(t);
+      if (!leaves) return;
       static_cast<void>(not_its_own(t, inner, "L1", "removed without waiting in the middle of a fault"));
       outwait(t);
-      t.forget();
     }
   }
 }
@@ -260,6 +283,7 @@ void split_in_two(Factory& factory, judge& j) noexcept {
     const auto ticket = t.primary.start(pages_at(24));  // elsewhere: nothing waits for it
     const errc e = t.adapter().adapter().split(t.primary.space(), high.first, upper->adapter());
     if (!j.that(e == errc::ok, "C6", "split: %s", to_string(e))) return t.primary.end(ticket);
+    const guest leaves(*upper, t.primary.space(), j);
     static_cast<void>(not_its_own(t, high, "C6", "split, the lower half"));
     t.primary.end(ticket);
     const auto upper_sees = [&](const char* when) {
@@ -283,7 +307,6 @@ void split_in_two(Factory& factory, judge& j) noexcept {
     t.primary.end(over);
     if (!t.failed()) static_cast<void>(t.sees_all(low, "C6", "split, the lower half"));
     if (!t.failed()) upper_sees("split, and replaced");
-    j.that(upper->detach(t.primary.space()) == errc::ok, "L5", "the upper half cannot be detached");
   }
 }
 
