@@ -3,6 +3,7 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <limits>
@@ -41,6 +42,32 @@ TEST_CASE("a mark outside of the range is ignored, one inside keeps the others")
   CHECK(bits[0] == 1);
   b.mark(0x2fff);
   CHECK(bits[0] == 3);
+}
+
+TEST_CASE("a part of a batch has the bits of its pages, and no others, however often it is divided") {
+  constexpr std::uint64_t pages = 130;
+  constexpr auto at = [](std::uint64_t p) { return static_cast<std::uintptr_t>(0x10000 + p * page_size); };
+  for (std::uint64_t first = 0; first < pages; ++first) {
+    for (const std::uint64_t last : {first + 1, std::min(first + 66, pages), pages}) {
+      std::array<std::uint64_t, 3> bits{};
+      const young_batch whole({at(0), at(pages)}, bits, true);
+      young_batch part = whole.part({at(first / 2), at(last)}).part({at(first), at(pages) + page_size});
+      CHECK(part.range() == mmunotify::range{at(first), at(last)});
+      CHECK(part.pages() == last - first);
+      CHECK(part.clear());
+      part.mark(at(first) - 1);  // somebody else's
+      part.mark(at(last));
+      CHECK(bits == std::array<std::uint64_t, 3>{});
+      part.mark(at(last) - 1);
+      for (std::uint64_t p = 0; p < pages; ++p) CHECK(whole.marked(p) == (p == last - 1));
+      CHECK(part.marked(last - 1 - first));
+    }
+  }
+  std::array<std::uint64_t, 1> bits{};
+  const young_batch whole({at(0), at(8)}, bits, false);
+  CHECK(whole.part({at(2) + 7, at(4) + 1}).range() == mmunotify::range{at(2), at(5)});  // whole pages
+  CHECK(whole.part({at(2) + 7, at(3)}).range() == mmunotify::range{at(2), at(3)});
+  CHECK(basic_young_batch<gfn>({gfn{10}, gfn{20}}, bits, false).part({gfn{0}, gfn{12}}).pages() == 2);
 }
 
 TEST_CASE("a range fits if it is whole pages with a bit for each") {

@@ -17,6 +17,7 @@
 
 #include "interval/interval_space.hpp"
 #include "support/contract_recorder.hpp"
+#include "support/recording_client.hpp"
 #include "support/threads.hpp"
 
 using namespace mmunotify;
@@ -63,13 +64,8 @@ struct recorder {
   }
 };
 
-/// Counts, from any thread.
-struct counter {
-  std::atomic<int> starts{0};
-  std::atomic<int> ends{0};
-  void invalidate_range_start(const invalidation&) noexcept { starts.fetch_add(1); }
-  void invalidate_range_end(const invalidation&) noexcept { ends.fetch_add(1); }
-};
+using counter = counting_client;
+using notifier_of_counter = interval_notifier<counter>;
 
 }  // namespace
 
@@ -166,27 +162,39 @@ TEST_CASE("C2: brackets elsewhere neither cause a retry nor are waited for") {
 TEST_CASE("C1: read_begin waits for the brackets that overlap, all of them") {
   interval_space space;
   counter c;
-  interval_notifier<counter> iv{c};
+  notifier_of_counter iv{c};
   REQUIRE(space.set.insert(iv, {0x2000, 0x4000}) == errc::ok);
-  std::atomic<bool> returned{false};
-  std::optional<std::thread> fault;
+  std::optional<beside_fault> fault;
   {
     const auto a = space.invalidate({0x2000, 0x2001});
     {
       const auto b = space.invalidate({0x3000, 0x9000});
-      fault.emplace([&] {
-        const auto s = iv.read_begin();
-        returned.store(true);
-        CHECK_FALSE(iv.read_retry(s));
-      });
-      let_others_run();
-      CHECK_FALSE(returned.load());
+      fault.emplace(iv);
+      CHECK(fault->waits());
     }
-    let_others_run();
-    CHECK_FALSE(returned.load());
+    CHECK(fault->waits());
   }
-  fault->join();
-  CHECK(returned.load());
+  CHECK(fault->succeeds());
+  CHECK(space.set.remove(iv) == errc::ok);
+}
+
+TEST_CASE("C1: a sequence that is taken without waiting fails while a bracket overlaps, and after it") {
+  interval_space space;
+  recorder r;
+  notifier_of iv{r};
+  CHECK(iv.read_retry(iv.try_read_begin()) == false);  // not registered: nobody will change it
+  REQUIRE(space.set.insert(iv, {0x2000, 0x4000}) == errc::ok);
+  const auto quiet = iv.try_read_begin();
+  CHECK_FALSE(iv.read_retry(quiet));
+  interval_sequence inside;
+  {
+    const auto b = space.invalidate({0x3000, 0x5000});
+    CHECK(iv.read_retry(quiet));
+    inside = iv.try_read_begin();
+    CHECK(iv.read_retry(inside));
+  }
+  CHECK(iv.read_retry(inside));
+  CHECK_FALSE(iv.read_retry(iv.try_read_begin()));
   CHECK(space.set.remove(iv) == errc::ok);
 }
 
@@ -211,24 +219,17 @@ TEST_CASE("C3: check_retry is true from the start of an overlapping bracket on")
 TEST_CASE("C5: an interval inserted under a bracket counts as being invalidated by it, and by no other") {
   interval_space space;
   counter c;
-  interval_notifier<counter> iv{c};
-  std::atomic<bool> returned{false};
-  std::optional<std::thread> fault;
+  notifier_of_counter iv{c};
+  std::optional<beside_fault> fault;
   {
     const auto elsewhere = space.invalidate({0x9000, 0xa000});
     {
       const auto b = space.invalidate({0x3000, 0x5000});
       REQUIRE(space.set.insert(iv, {0x2000, 0x4000}) == errc::ok);
-      fault.emplace([&] {
-        const auto s = iv.read_begin();
-        returned.store(true);
-        CHECK_FALSE(iv.read_retry(s));
-      });
-      let_others_run();
-      CHECK_FALSE(returned.load());
+      fault.emplace(iv);
+      CHECK(fault->waits());
     }
-    fault->join();  // though `elsewhere` is open
-    CHECK(returned.load());
+    CHECK(fault->succeeds());  // though `elsewhere` is open
   }
   CHECK(c.starts.load() == 0);  // P1: neither start nor end of a bracket that was there before
   CHECK(c.ends.load() == 0);
@@ -238,24 +239,19 @@ TEST_CASE("C5: an interval inserted under a bracket counts as being invalidated 
 TEST_CASE("C5: an interval that grows into a bracket in flight waits for it") {
   interval_space space;
   counter c;
-  interval_notifier<counter> iv{c};
+  notifier_of_counter iv{c};
   REQUIRE(space.set.insert(iv, {0x2000, 0x3000}) == errc::ok);
   const auto before = iv.read_begin();
-  std::atomic<bool> returned{false};
-  std::optional<std::thread> fault;
+  std::optional<beside_fault> fault;
   {
     const auto b = space.invalidate({0x8000, 0x9000});
     CHECK_FALSE(iv.read_retry(before));
     REQUIRE(space.set.resize(iv, {0x2000, 0xa000}) == errc::ok);
     CHECK(iv.read_retry(before));
-    fault.emplace([&] {
-      static_cast<void>(iv.read_begin());
-      returned.store(true);
-    });
-    let_others_run();
-    CHECK_FALSE(returned.load());
+    fault.emplace(iv);
+    CHECK(fault->waits());
   }
-  fault->join();
+  CHECK(fault->succeeds());
   CHECK(iv.read_retry(before));
   CHECK(space.set.remove(iv) == errc::ok);
 }
@@ -263,25 +259,20 @@ TEST_CASE("C5: an interval that grows into a bracket in flight waits for it") {
 TEST_CASE("C5: brackets beyond the slots are waited for as well") {
   interval_space space;
   counter c;
-  interval_notifier<counter> iv{c};
+  notifier_of_counter iv{c};
   std::deque<interval_space::bracket> open;
   for (unsigned i = 0; i < detail::flight_table::size; ++i) {
     open.emplace_back(space, invalidation{.range = {0x9000, 0xa000}});
   }
-  std::atomic<bool> returned{false};
-  std::optional<std::thread> fault;
+  std::optional<beside_fault> fault;
   {
     const auto b = space.invalidate({0x2000, 0x3000});  // counted only
     open.clear();
     REQUIRE(space.set.insert(iv, {0x2000, 0x4000}) == errc::ok);
-    fault.emplace([&] {
-      static_cast<void>(iv.read_begin());
-      returned.store(true);
-    });
-    let_others_run();
-    CHECK_FALSE(returned.load());
+    fault.emplace(iv);
+    CHECK(fault->waits());
   }
-  fault->join();
+  CHECK(fault->succeeds());
   CHECK(c.starts.load() == 0);
   CHECK(c.ends.load() == 0);
   CHECK(space.set.remove(iv) == errc::ok);
@@ -347,7 +338,7 @@ TEST_CASE("C6: a callback removes its own interval, and inserts another") {
 TEST_CASE("C6: what stays covered while an interval is resized is hit by every bracket") {
   interval_space space;
   counter c;
-  interval_notifier<counter> iv{c};
+  notifier_of_counter iv{c};
   REQUIRE(space.set.insert(iv, {0x10000, 0x20000}) == errc::ok);
   std::atomic<bool> stop{false};
   std::atomic<int> missed{0};
@@ -362,7 +353,7 @@ TEST_CASE("C6: what stays covered while an interval is resized is hit by every b
       brackets.fetch_add(1);
     }
   });
-  interval_notifier<counter> upper{c};
+  notifier_of_counter upper{c};
   for (int i = 0; i < 300 || brackets.load() < 2000; ++i) {
     CHECK(space.set.resize(iv, {0x18000, 0x19000}) == errc::ok);
     CHECK(space.set.resize(iv, {0x10000, 0x20000}) == errc::ok);
@@ -381,10 +372,26 @@ TEST_CASE("C6: what stays covered while an interval is resized is hit by every b
   CHECK(space.set.remove(iv) == errc::ok);
 }
 
+TEST_CASE("C6: every version of a bracket calls the old range or the new one, or both, of what is resized or split") {
+  for (const bool splits : {false, true}) {
+    interval_space space;
+    recorder r;
+    notifier_of iv{r};
+    notifier_of upper{r};
+    REQUIRE(space.set.insert(iv, {0, 2 * page}) == errc::ok);
+    const std::uint64_t before = interval_probe::version(iv);
+    REQUIRE((splits ? space.set.split(iv, page, upper) : space.set.resize(iv, {page, 3 * page})) == errc::ok);
+    CHECK(interval_probe::version(iv) > before);
+    for (std::uint64_t g = before; g <= interval_probe::version(iv); ++g) CHECK(interval_probe::hears(iv, g));
+    CHECK(space.set.remove(iv) == errc::ok);
+    if (splits) CHECK(space.set.remove(upper) == errc::ok);
+  }
+}
+
 TEST_CASE("C7: the sequence wraps, and nothing notices") {
   interval_space space;
   counter c;
-  interval_notifier<counter> iv{c};
+  notifier_of_counter iv{c};
   interval_probe::start_at(iv, ~std::uint64_t{0} - 1);  // two brackets before the end of the numbers
   REQUIRE(space.set.insert(iv, {0, page}) == errc::ok);
   auto s = iv.read_begin();
@@ -404,7 +411,7 @@ TEST_CASE("C7: the sequence wraps, and nothing notices") {
 TEST_CASE("C8: brackets over the interval wait for a fault's turn, others do not, non-blocking ones are refused") {
   interval_space space;
   counter c;
-  interval_notifier<counter> iv{c};
+  notifier_of_counter iv{c};
   REQUIRE(space.set.insert(iv, {0x2000, 0x4000}) == errc::ok);
   std::atomic<bool> began{false};
   std::optional<std::thread> primary;
@@ -432,7 +439,7 @@ TEST_CASE("C8: brackets over the interval wait for a fault's turn, others do not
 TEST_CASE("C8: a turn waits for the brackets before it, and those behind it queue") {
   interval_space space;
   counter c;
-  interval_notifier<counter> iv{c};
+  notifier_of_counter iv{c};
   REQUIRE(space.set.insert(iv, {0x2000, 0x4000}) == errc::ok);
   std::atomic<bool> granted{false};
   std::atomic<bool> give_back{false};
@@ -470,7 +477,7 @@ TEST_CASE("C8: a turn waits for the brackets before it, and those behind it queu
 TEST_CASE("C8: faults get their turn although brackets never pause, and brackets although faults do not") {
   interval_space space;
   counter c;
-  interval_notifier<counter> iv{c};
+  notifier_of_counter iv{c};
   REQUIRE(space.set.insert(iv, {0x2000, 0x4000}) == errc::ok);
   std::atomic<int> turns{0};
   std::atomic<int> brackets{0};
@@ -501,7 +508,7 @@ TEST_CASE("C8: faults get their turn although brackets never pause, and brackets
 TEST_CASE("C8: turns that would wait for themselves are refused with a sentence") {
   interval_space space;
   counter c;
-  interval_notifier<counter> iv{c};
+  notifier_of_counter iv{c};
   CHECK_FALSE(iv.take_turn());  // not registered
   REQUIRE(space.set.insert(iv, {0x2000, 0x4000}) == errc::ok);
   const contract_recorder violations;
@@ -675,6 +682,25 @@ TEST_CASE("O5: clear-young asks all and ORs, test-young stops at the first yes; 
   CHECK(log == std::vector<std::string>{"af", "bf", "cf", "at", "bt", "cc", "bs"});
   CHECK(space.seen.total(observe::occurrence::callback) == log.size());
   for (auto& n : nodes) CHECK(space.set.remove(n) == errc::ok);
+}
+
+TEST_CASE("L1: an interval that is removed under an open bracket gets its end, once, and is not free before") {
+  interval_space space;
+  counter c;
+  notifier_of_counter iv{c};
+  REQUIRE(space.set.insert(iv, {0, page}) == errc::ok);
+  auto open = space.invalidate({0, 1});
+  CHECK(space.set.remove_async(iv) == errc::ok);
+  { const auto later = space.invalidate({0, 1}); }
+  CHECK(c.starts.load() == 1);
+  CHECK(c.ends.load() == 0);
+  CHECK(iv.registered());
+  open.end();
+  CHECK(c.ends.load() == 1);  // P2
+  while (iv.registered()) space.domain.barrier();
+  { const auto later = space.invalidate({0, 1}); }
+  CHECK(c.starts.load() == 1);
+  CHECK(c.ends.load() == 1);
 }
 
 TEST_CASE("L1: after remove returns no callback runs; P2: a bracket in flight gets its end first") {

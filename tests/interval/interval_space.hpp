@@ -3,12 +3,16 @@
 
 // A set of intervals with what an address space adds to it: sections, and brackets as scopes.
 
+#include <atomic>
 #include <cstdint>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
 #include <mmunotify/interval/detail/interval_set.hpp>
+
+#include "support/threads.hpp"
 
 namespace mmunotify {
 inline namespace MMUNOTIFY_ABI {
@@ -23,6 +27,17 @@ struct interval_probe {
   static void start_at(basic_interval<Key>& n, std::uint64_t sequence) noexcept {
     n.word_.~collision_word();
     new (&n.word_) detail::collision_word(sequence);
+  }
+  /// What the brackets go by that start now.
+  template <class Key>
+  static std::uint64_t version(const basic_interval<Key>& n) noexcept {
+    return n.context_.load()->clock.read();
+  }
+  /// Whether a bracket of that version calls the interval: by the range that it was inserted with, or the current one.
+  template <class Key>
+  static bool hears(basic_interval<Key>& n, std::uint64_t version) noexcept {
+    auto& clock = n.context_.load()->clock;
+    return n.first_entry_.hears(version, clock) || n.current_.load()->hears(version, clock);
   }
 };
 }  // namespace MMUNOTIFY_ABI
@@ -83,3 +98,32 @@ struct basic_interval_space {
 };
 
 using interval_space = basic_interval_space<std::uintptr_t>;
+
+/// A fault in a thread of its own: read_begin, and what it returned, if nothing collides afterwards, is good.
+class beside_fault {
+ public:
+  explicit beside_fault(mmunotify::basic_interval<std::uintptr_t>& n)
+      : thread_([this, &n] {
+          const auto seq = n.read_begin();
+          returned_.store(true);
+          good_ = !n.read_retry(seq);
+        }) {}
+  ~beside_fault() {
+    if (thread_.joinable()) thread_.join();
+  }
+  /// Whether read_begin has not returned, although it had the time. A hint: it may be slow.
+  bool waits() const {
+    let_others_run();
+    return !returned_.load();
+  }
+  /// Waits for it. Returns: whether the sequence was good.
+  bool succeeds() {
+    thread_.join();
+    return good_;
+  }
+
+ private:
+  std::atomic<bool> returned_{false};
+  bool good_ = false;
+  std::thread thread_;  // last: it uses the others
+};

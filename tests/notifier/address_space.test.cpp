@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "support/contract_recorder.hpp"
+#include "support/domains.hpp"
 #include "support/recording_client.hpp"
 #include "support/spaces.hpp"
 #include "support/threads.hpp"
@@ -556,10 +557,7 @@ TEST_CASE_TEMPLATE("L7: a release that is refused has changed nothing", P, EVERY
 }
 
 TEST_CASE("L6: a registration that found no slot leaves no trace, and the next one may succeed") {
-  std::vector<std::unique_ptr<srcu_domain>> all;
-  do {
-    all.push_back(std::make_unique<srcu_domain>());
-  } while (all.back()->status() == errc::ok);
+  auto all = take_all_slots();
   counting_client a;
   subscriber<counting_client> node{a};
   {

@@ -6,6 +6,8 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <vector>
 
 #include <doctest/doctest.h>
 
@@ -32,6 +34,15 @@ struct counted_fences : mmunotify::linux_platform {
     mmunotify::linux_platform::heavy();
   }
 };
+
+/// Effects: no domain can get a slot while what it returns lives.
+inline std::vector<std::unique_ptr<mmunotify::srcu_domain>> take_all_slots() {
+  std::vector<std::unique_ptr<mmunotify::srcu_domain>> all;
+  do {
+    all.push_back(std::make_unique<mmunotify::srcu_domain>());
+  } while (all.back()->status() == mmunotify::errc::ok);
+  return all;
+}
 
 struct isolated_domain : mmunotify::srcu_domain {
   isolated_domain() noexcept : mmunotify::srcu_domain(mmunotify::srcu_options{.isolated = true}) {}

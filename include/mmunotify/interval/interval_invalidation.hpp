@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include <mmunotify/base/address.hpp>
 #include <mmunotify/base/invalidation.hpp>
 #include <mmunotify/base/range.hpp>
 #include <mmunotify/config.hpp>
@@ -26,8 +27,16 @@ template <address_key Key>
 basic_interval_invalidation<Key> clipped(const basic_invalidation<Key>& i, const basic_range<Key>& interval) noexcept {
   basic_interval_invalidation<Key> mine{i, i.range};
   mine.range = i.range.clipped_to(interval);
-  mine.in_place = false;  // change_entry does not tell intervals: they let go
   return mine;
+}
+
+/// The part of a change that lies in the interval's range: `frame` is that of its first page. Precondition: they
+/// overlap.
+template <paged_key Key>
+basic_entry_change<Key> clipped(const basic_entry_change<Key>& c, const basic_range<Key>& interval) noexcept {
+  const auto page_of = [](Key k) { return static_cast<std::uint64_t>(k - Key{}) / page_of_keys<Key>; };
+  const basic_range<Key> mine = c.range.clipped_to(interval);
+  return {mine, c.frame + (page_of(mine.first) - page_of(c.range.first)), c.writable};
 }
 
 }  // namespace detail

@@ -28,59 +28,10 @@
 #include <mmunotify/base/address.hpp>
 #include <mmunotify/notifier/arming.hpp>
 #include <mmunotify/notifier/bracket.hpp>
-#include <mmunotify/notifier/detail/tracked_gate.hpp>
-#include <mmunotify/notifier/detail/under_gate.hpp>
+#include <mmunotify/notifier/detail/space_parameters.hpp>
 #include <mmunotify/notifier/subscriber.hpp>
 
 MMUNOTIFY_BEGIN_NAMESPACE
-namespace detail {
-
-template <class Default, class...>
-struct observer_among {
-  using type = Default;
-};
-template <class Default, class First, class... Rest>
-struct observer_among<Default, First, Rest...>
-    : std::conditional_t<observe::observer<First>, std::type_identity<First>, observer_among<Default, Rest...>> {};
-
-template <class Default, class...>
-struct key_among {
-  using type = Default;
-};
-template <class Default, class First, class... Rest>
-struct key_among<Default, First, Rest...>
-    : std::conditional_t<!observe::observer<First>, std::type_identity<First>, key_among<Default, Rest...>> {};
-
-template <class Arming, class Key, class Observer>
-struct gate_of;
-template <class Mutex, class Key, class Observer>
-struct gate_of<arming::under<Mutex>, Key, Observer> {
-  using type = under_gate<Key, Observer>;
-};
-template <class Key, class Observer>
-struct gate_of<arming::tracked, Key, Observer> {
-  using type = tracked_gate<Key, Observer>;
-};
-
-template <class Arming>
-inline constexpr bool is_under = false;
-template <class Mutex>
-inline constexpr bool is_under<arming::under<Mutex>> = true;
-
-template <byte_key Key>
-constexpr basic_range<Key> page_at(Key k) noexcept {
-  // The last page of the key space ends at its last key: a half-open range cannot say more.
-  if constexpr (std::unsigned_integral<Key>) {
-    const Key first = k & ~static_cast<Key>(page_mask);
-    const Key end = static_cast<Key>(first + page_size);
-    return {first, end != 0 ? end : static_cast<Key>(~Key{0})};
-  } else {
-    const Key first = k.page();
-    return {first, first < first + page_size ? first + page_size : first + page_mask};
-  }
-}
-
-}  // namespace detail
 
 template <address_key Key>
 class basic_interval;
@@ -302,6 +253,26 @@ class address_space {
                   "arming::under names: a shared lock does not exclude brackets");
     if (!detail::owns(held)) return errc::lock_not_held;
     return insert(n, r);
+  }
+  /// The same, and hands n's client what is mapped already, as register_subscriber does: existing(visit) is called
+  /// once, while no bracket is in flight, and the client's existing_range gets what lies in r, clipped. Until the call
+  /// returns, n can be neither removed nor changed (not_registered). A resize or split hands out nothing.
+  template <class Interval, class Lock, std::invocable<basic_range_visitor<key>> Existing>
+    requires detail::is_under<Arming>
+  errc insert(Interval& n, range_type r, const Lock& held, Existing&& existing) noexcept {
+    static_assert(exclusive_lock_of<Lock, typename Arming::mutex>,
+                  "mmunotify: insert needs a lock that owns the mutex type that arming::under names exclusively");
+    if (!detail::owns(held)) return errc::lock_not_held;
+    return detail::interval_door<key, Interval>::template insert<false>(gate_, this, n, r, existing);
+  }
+  /// The same for arming::tracked. Waits for the brackets in flight that overlap r, and calls existing() then; later
+  /// ones may run beside it, and they call n: what is handed may be gone when it arrives, so take a sequence
+  /// (try_read_begin) before looking, and map under the client's lock unless it fails. Errors: also would_deadlock
+  /// (L7).
+  template <class Interval, std::invocable<basic_range_visitor<key>> Existing>
+    requires std::same_as<Arming, arming::tracked>
+  errc insert(Interval& n, range_type r, Existing&& existing) noexcept {
+    return detail::interval_door<key, Interval>::template insert<true>(gate_, this, n, r, existing);
   }
   /// Effects: no bracket calls n any more. Returns: ok, and no callback of it is running or will run (L1);
   /// not_registered; would_deadlock inside a callback or an open bracket of this space (L7). Progress: blocking. A

@@ -5,11 +5,10 @@
 // are Linux's (struct mmu_notifier_ops) where it has them. A hook that the type lacks is a null pointer that the walk
 // skips.
 //
-//   void invalidate_range_start(const basic_invalidation<Key>&)   drop every mapping in the range; when it returns,
-//   none
-//                                                                 is usable. May sleep if blockable.
+//   void invalidate_range_start(const basic_invalidation<Key>&)   drop every mapping in the range; no usable one is
+//                                                                 left when it returns. May sleep if blockable.
 //   bool invalidate_range_start(const basic_invalidation<Key>&)   the same; may return false to refuse, only if the
-//                                                                 bracket is not blockable.
+//                                                                 bracket is not blockable: see below.
 //   basic_first_pass<Key> invalidate_begin(const basic_invalidation<Key>&)     instead of start, in two passes: begin,
 //   void invalidate_finish(basic_two_pass_token<Key>&, const basic_invalidation<Key>&)   and wait; see two_pass.hpp.
 //   void invalidate_range_end(const basic_invalidation<Key>&)     mappings may be made again.
@@ -22,12 +21,21 @@
 //   bool clear_flush_young(basic_range<Key>)                      test and clear "accessed", flush; was any set?
 //   bool clear_young(basic_range<Key>)                            the same without a flush.
 //   bool test_young(basic_range<Key>)                             only look.
-//   void young_pages(basic_young_batch<Key>&)                     the same for each page: see young_batch.hpp. Who
-//   lacks
-//                                                                 it is asked page by page with the two before.
+//   void young_pages(basic_young_batch<Key>&)                     the same for each page: see young_batch.hpp. A
+//                                                                 client without it is asked page by page with one of
+//                                                                 the two before.
 //   void existing_range(basic_range<Key>)                         at registration: what the primary has mapped already.
 //   void release()                                                drop everything and map nothing any more; called once
 //                                                                 per registration, never beside itself.
+//
+// A refused start (P3). The walk stops at the client that refuses: those that come behind it (O2: intervals by size and
+// address, then subscribers, newest first) get neither start nor end. Then, before the primary gets its answer,
+// everybody who got the start gets exactly one end, in the order of the starts, and the one that refused is among them:
+// so count the bracket first, refuse then, and let the end take the count back, as after a start that was served. Two
+// passes: those who have begun finish first (O3); the one that refused has no token, and finishes nothing, but gets its
+// end. A client must leave its mappings as they were when it refuses, and its faults need not retry (P4): the primary
+// changes nothing. A bracket that a fault's turn refuses (C8) calls nobody. To refuse what is blockable is a contract
+// failure: the start counts as served, and the end comes when the bracket ends.
 //
 // Every hook is called inside a read section of the space (its own, for registration and release). start and end of one
 // bracket are called by one thread; brackets of several threads call the same client in parallel. Hooks must not throw,

@@ -17,6 +17,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <optional>
 #include <type_traits>
 
 #include <mmunotify/config.hpp>
@@ -34,9 +35,9 @@ template <address_key Key, class Platform>
 class roster;
 template <address_key Key, class Platform>
 class registry;
-}  // namespace detail
 template <address_key Key>
-class basic_range_visitor;
+class interval_roster;
+}  // namespace detail
 
 /// The part of a subscriber that does not depend on the client's type.
 template <address_key Key>
@@ -83,7 +84,6 @@ class basic_subscriber : public hlist_node {
   friend class detail::roster;
   template <address_key, class>
   friend class detail::registry;
-  friend class basic_range_visitor<Key>;
 
   enum phase : std::uint32_t { idle, joining, live, parting, leaving, released, departed };
   static constexpr std::uint64_t never = ~std::uint64_t{0};
@@ -102,11 +102,6 @@ class basic_subscriber : public hlist_node {
   }
   [[gnu::always_inline]] bool wants(const basic_range<Key>& r) const noexcept {
     return !filter_.range.has_value() || filter_.range->overlaps(r);
-  }
-
-  void hear_of(basic_range<Key> r) const noexcept {
-    if (filter_.range.has_value()) r = r.clipped_to(*filter_.range);
-    if (!r.empty() && operations_->existing_range != nullptr) operations_->existing_range(client_, r);
   }
 
   /// Returns: true, and one user more, if it has the table and the number, and users at all.
@@ -153,14 +148,25 @@ class basic_subscriber : public hlist_node {
 template <address_key Key>
 class basic_range_visitor {
  public:
-  /// Effects: the client is told of what its filter lets through of the range. An empty one is nothing.
-  void operator()(basic_range<Key> r) const noexcept { node_.hear_of(r); }
+  /// Effects: the client is told of what lies in its filter's range, or its interval, of the range. An empty one is
+  /// nothing.
+  void operator()(basic_range<Key> r) const noexcept {
+    if (within_.has_value()) r = r.clipped_to(*within_);
+    if (!r.empty() && tell_ != nullptr) tell_(client_, r);
+  }
 
  private:
   template <address_key, class>
   friend class detail::roster;
-  explicit basic_range_visitor(const basic_subscriber<Key>& node) noexcept : node_(node) {}
-  const basic_subscriber<Key>& node_;
+  template <address_key>
+  friend class detail::interval_roster;
+  basic_range_visitor(const detail::operations<Key>& operations, void* client,
+                      const std::optional<basic_range<Key>>& within) noexcept
+      : tell_(operations.existing_range), client_(client), within_(within) {}
+
+  decltype(detail::operations<Key>::existing_range) tell_;
+  void* client_;
+  std::optional<basic_range<Key>> within_;
 };
 
 namespace detail {

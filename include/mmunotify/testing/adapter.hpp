@@ -38,6 +38,7 @@
 #include <mmunotify/base/range.hpp>
 #include <mmunotify/base/result.hpp>
 #include <mmunotify/config.hpp>
+#include <mmunotify/interval/interval_invalidation.hpp>
 #include <mmunotify/notifier/address_space.hpp>
 #include <mmunotify/notifier/hooks.hpp>
 
@@ -82,7 +83,7 @@ concept conformance_adapter = requires(A& a, test_space& space, std::uintptr_t a
   { a.detach(space) } -> std::same_as<errc>;
   { a.access(at, write, value) } -> std::same_as<access_result>;
   { a.mapped(at) } -> std::same_as<bool>;
-} && secondary_mmu<typename A::client_type>;
+} && secondary_mmu<typename A::client_type, std::uintptr_t, interval_invalidation>;  // of either kind
 
 /// Claims that its brackets disturb no other page: neither their mappings nor their faults.
 template <class A>

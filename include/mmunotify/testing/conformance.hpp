@@ -34,6 +34,7 @@
 #include <mmunotify/testing/detail/bracket_scenarios.hpp>
 #include <mmunotify/testing/detail/fault_scenarios.hpp>
 #include <mmunotify/testing/detail/hook_scenarios.hpp>
+#include <mmunotify/testing/detail/interval_scenarios.hpp>
 #include <mmunotify/testing/detail/judge.hpp>
 #include <mmunotify/testing/detail/random_rounds.hpp>
 #include <mmunotify/testing/detail/reference_rounds.hpp>
@@ -61,7 +62,10 @@ class suite {
   using client_type = typename adapter_type::client_type;
   using on_trial = void (*)(trial<Factory>&) noexcept;
   using on_factory = void (*)(Factory&, judge&) noexcept;
-  static constexpr bool starts = has_start<client_type> || has_refusing_start<client_type> || has_begin<client_type>;
+  using told = interval_invalidation;  // what takes less is called, too
+  static constexpr bool starts = has_start<client_type, std::uintptr_t, told> ||
+                                 has_refusing_start<client_type, std::uintptr_t, told> ||
+                                 has_begin<client_type, std::uintptr_t, told>;
 
  public:
   suite(Factory& factory, const options& o, report& r) noexcept : factory_(factory), options_(o), report_(r) {}
@@ -69,10 +73,17 @@ class suite {
   void run() noexcept {
     if (!fit()) return;
     if (options_.scenarios) {
+      if constexpr (starts && is_placed<adapter_type>) {
+        with_trial("detached in a bracket", &detached_in_a_bracket<Factory>, false);
+        if (!report_.ok()) return;  // all others detach, too
+      }
       if constexpr (starts) bracket_scenarios();
       if (report_.ok()) hook_scenarios();
       if constexpr (starts) {
         if (report_.ok()) fault_scenarios();
+      }
+      if constexpr (starts && is_placed<adapter_type>) {
+        if (report_.ok()) interval_scenarios();
       }
     }
     if constexpr (starts) {
@@ -138,7 +149,10 @@ class suite {
   void hook_scenarios() noexcept {
     with_trial("the space is released", &released<Factory>);
     with_trial("unregistered and registered again", &leaves_and_comes_back<Factory>);
-    with_trial("not usable before registered", &not_usable_before_registered<Factory>, false);
+    // Intervals are inserted under brackets without waiting: interval_scenarios.
+    if constexpr (!is_placed<adapter_type>) {
+      with_trial("not usable before registered", &not_usable_before_registered<Factory>, false);
+    }
     if_it_applies<has_test_young<client_type>>("young is what was accessed", &young_is_what_was_accessed<Factory>);
     if constexpr (can_clear_young<Factory>) {
       with_trial("young until cleared", &young_until_cleared<Factory>);
@@ -160,6 +174,26 @@ class suite {
     with_factory("an access in the middle of a bracket", &access_in_the_middle_of_a_bracket<Factory>);
     with_factory("two brackets at once", &two_brackets_at_once<Factory>);
     with_factory("an access in the middle of leaving", &access_in_the_middle_of_leaving<Factory>);
+  }
+
+  /// One with a trial of its own, or several, and perhaps nothing to do.
+  template <bool Applies>
+  void if_it_applies(const char* name, on_factory f) noexcept {
+    if constexpr (Applies) {
+      with_factory(name, f);
+    } else {
+      report_.note_skip();
+    }
+  }
+  void interval_scenarios() noexcept {
+    using interval_adapter = interval_adapter_of<Factory>;
+    with_trial("an interval and a bracket have a part in common", &drops_the_common_part<Factory>, false);
+    with_factory("brackets over another interval", &another_interval<Factory>);
+    with_factory("inserted under brackets", &inserted_under_brackets<Factory>);
+    if_it_applies<can_detach_later<interval_adapter>>("detached without waiting", &detached_later<Factory>);
+    if_it_applies<can_resize<interval_adapter>>("resized", &resized<Factory>);
+    if_it_applies<can_split<interval_adapter>>("split", &split_in_two<Factory>);
+    if_it_applies<can_take_turns<interval_adapter>>("in its turn", &in_turn<Factory>);
   }
 
   void round(std::uint64_t seed) noexcept {

@@ -13,11 +13,11 @@
 #include <vector>
 
 #include <mmunotify/interval/interval_notifier.hpp>
-#include <mmunotify/notifier/keyed.hpp>
 
 #include "interval/interval_space.hpp"
 #include "support/contract_recorder.hpp"
 #include "support/recording_client.hpp"
+#include "support/spaces.hpp"
 #include "support/threads.hpp"
 
 using namespace mmunotify;
@@ -26,41 +26,19 @@ namespace {
 
 constexpr std::uint64_t page = 0x1000;
 
-/// A space and its primary's lock, if it needs one.
-template <class Policy>
-struct world {
-  std::shared_mutex tables;
-  address_space<Policy> space;
-
-  template <class Interval>
-  errc insert(Interval& n, range r) {
-    if constexpr (std::same_as<Policy, arming::tracked>) {
-      return space.insert(n, r);
-    } else {
-      const std::unique_lock held(tables);
-      return space.insert(n, r, held);
-    }
-  }
-  template <class Client>
-  errc register_subscriber(subscriber<Client>& n) {
-    if constexpr (std::same_as<Policy, arming::tracked>) {
-      return space.register_subscriber(n);
-    } else {
-      const std::unique_lock held(tables);
-      return space.register_subscriber(n, held);
-    }
-  }
-};
-
-#define POLICIES arming::tracked, arming::under<std::shared_mutex>, arming::keyed<std::shared_mutex>
+// Spaces that nobody observes.
+using under_primary_of_none = locking_primary<arming::under<std::shared_mutex>, observe::none>;
+using keyed_primary_of_none = locking_primary<arming::keyed<std::shared_mutex>, observe::none>;
+using tracked_primary_of_none = basic_tracked_primary<observe::none>;
+#define EVERY_PRIMARY tracked_primary_of_none, under_primary_of_none, keyed_primary_of_none
 
 using notifier_of = interval_notifier<counting_client>;
 
 }  // namespace
 
-TEST_CASE_TEMPLATE("D3: the first interval arms the space, the last one disarms it, however it goes", Policy,
-                   POLICIES) {
-  world<Policy> w;
+TEST_CASE_TEMPLATE("D3: the first interval arms the space, the last one disarms it, however it goes", P,
+                   EVERY_PRIMARY) {
+  P w;
   counting_client c;
   notifier_of a{c};
   notifier_of b{c};
@@ -83,9 +61,9 @@ TEST_CASE_TEMPLATE("D3: the first interval arms the space, the last one disarms 
   CHECK_FALSE(w.space.armed());
 }
 
-TEST_CASE_TEMPLATE("D3: an interval that comes and goes without a pause is called while it is there", Policy,
-                   POLICIES) {
-  world<Policy> w;
+TEST_CASE_TEMPLATE("D3: an interval that comes and goes without a pause is called while it is there", P,
+                   EVERY_PRIMARY) {
+  P w;
   counting_client c;
   notifier_of iv{c};
   for (int i = 0; i < 200; ++i) {
@@ -100,7 +78,7 @@ TEST_CASE_TEMPLATE("D3: an interval that comes and goes without a pause is calle
 }
 
 TEST_CASE("P7: a space that is disarmed and has a lock wants to see it") {
-  world<arming::under<std::shared_mutex>> w;
+  under_primary_of_none w;
   counting_client c;
   notifier_of iv{c};
   std::unique_lock<std::shared_mutex> not_held(w.tables, std::defer_lock);
@@ -123,33 +101,28 @@ TEST_CASE("C5: brackets that began before there was an interval are waited for b
   address_space<arming::tracked> space;
   counting_client c;
   notifier_of iv{c};
-  std::atomic<bool> returned{false};
-  std::optional<std::thread> fault;
+  std::optional<beside_fault> fault;
   {
     const auto bracket = space.invalidate({0, page}, event::unmap);  // nobody is there
     REQUIRE(space.insert(iv, {0, page}) == errc::ok);
-    fault.emplace([&] {
-      static_cast<void>(iv.read_begin());
-      returned.store(true);
-    });
-    let_others_run();
-    CHECK_FALSE(returned.load());
+    fault.emplace(iv);
+    CHECK(fault->waits());
   }
-  fault->join();
+  CHECK(fault->succeeds());
   CHECK(c.starts == 0);
   CHECK(space.remove(iv) == errc::ok);
   CHECK(space.barrier() == errc::ok);
 }
 
-TEST_CASE_TEMPLATE("O2: intervals come before whole-space subscribers, at start and at end", Policy, POLICIES) {
-  world<Policy> w;
+TEST_CASE_TEMPLATE("O2: intervals come before whole-space subscribers, at start and at end", P, EVERY_PRIMARY) {
+  P w;
   std::vector<std::string> log;
   logging_client whole{log, "whole"};
   logging_client part{log, "part", true};
   subscriber<logging_client> node{whole};
   interval_notifier<logging_client> iv{part};
   REQUIRE(w.insert(iv, {0, 16}) == errc::ok);
-  REQUIRE(w.register_subscriber(node) == errc::ok);
+  REQUIRE(w.join(node) == errc::ok);
   { const auto b = w.space.invalidate({8, 32}, event::unmap); }
   CHECK(log == std::vector<std::string>{"part:start[8,16)", "whole:start[8,32)", "part:end[8,16)", "whole:end[8,32)"});
   log.clear();
@@ -161,16 +134,16 @@ TEST_CASE_TEMPLATE("O2: intervals come before whole-space subscribers, at start 
   CHECK(w.space.barrier() == errc::ok);
 }
 
-TEST_CASE_TEMPLATE("P4: when a subscriber behind the intervals refuses, every interval is as before", Policy,
-                   POLICIES) {
-  world<Policy> w;
+TEST_CASE_TEMPLATE("P4: when a subscriber behind the intervals refuses, every interval is as before", P,
+                   EVERY_PRIMARY) {
+  P w;
   std::vector<std::string> log;
   logging_client whole{log, "whole", false, true};
   logging_client part{log, "part"};
   subscriber<logging_client> node{whole};
   interval_notifier<logging_client> iv{part};
   REQUIRE(w.insert(iv, {0, page}) == errc::ok);
-  REQUIRE(w.register_subscriber(node) == errc::ok);
+  REQUIRE(w.join(node) == errc::ok);
   const auto s = iv.read_begin();
   const std::uint64_t before = interval_probe::word(iv);
   CHECK_FALSE(static_cast<bool>(w.space.try_invalidate({0, 8}, event::unmap)));
@@ -185,13 +158,13 @@ TEST_CASE_TEMPLATE("P4: when a subscriber behind the intervals refuses, every in
   CHECK(w.space.barrier() == errc::ok);
 }
 
-TEST_CASE_TEMPLATE("L4: release() tells every interval once; L5: they are removed afterwards", Policy, POLICIES) {
+TEST_CASE_TEMPLATE("L4: release() tells every interval once; L5: they are removed afterwards", P, EVERY_PRIMARY) {
   counting_client c;
   notifier_of a{c};
   notifier_of b{c};
   notifier_of late{c};
   {
-    world<Policy> w;
+    P w;
     REQUIRE(w.insert(a, {0, page}) == errc::ok);
     REQUIRE(w.insert(b, {page, 3 * page}) == errc::ok);
     REQUIRE(w.space.resize(b, {page, 2 * page}) == errc::ok);  // two entries for a while
@@ -209,7 +182,7 @@ TEST_CASE_TEMPLATE("L4: release() tells every interval once; L5: they are remove
     CHECK(w.space.remove(b) == errc::not_registered);
     CHECK(c.releases == 2);
   }
-  world<Policy> next;  // on the same registry, where there is one
+  P next;  // on the same registry, where there is one
   REQUIRE(next.insert(a, {0, page}) == errc::ok);
   { const auto bracket = next.space.invalidate({0, page}, event::unmap); }
   CHECK(c.starts == 1);
@@ -218,9 +191,9 @@ TEST_CASE_TEMPLATE("L4: release() tells every interval once; L5: they are remove
   CHECK_FALSE(next.space.armed());
 }
 
-TEST_CASE_TEMPLATE("L6: an interval belongs to one space, and others do not know it", Policy, POLICIES) {
-  world<Policy> w;
-  world<Policy> other;
+TEST_CASE_TEMPLATE("L6: an interval belongs to one space, and others do not know it", P, EVERY_PRIMARY) {
+  P w;
+  P other;
   counting_client c;
   notifier_of iv{c};
   notifier_of upper{c};
@@ -292,9 +265,9 @@ TEST_CASE("D2: a space that is compiled out has no intervals") {
   CHECK(none.remove(iv) == errc::not_registered);
 }
 
-TEST_CASE_TEMPLATE("D3: threads that insert and remove beside brackets leave the space disarmed", Policy,
-                   arming::tracked, arming::under<std::shared_mutex>) {
-  world<Policy> w;
+TEST_CASE_TEMPLATE("D3: threads that insert and remove beside brackets leave the space disarmed", P,
+                   tracked_primary_of_none, under_primary_of_none) {
+  P w;
   std::atomic<int> missed{0};
   std::vector<std::thread> threads;
   for (int t = 0; t < 3; ++t) {
@@ -305,7 +278,7 @@ TEST_CASE_TEMPLATE("D3: threads that insert and remove beside brackets leave the
         notifier_of iv{c};
         if (w.insert(iv, {mine, mine + page}) != errc::ok) missed.fetch_add(1);
         {
-          const std::shared_lock reading(w.tables);
+          const auto reading = w.lock();
           const auto b = w.space.invalidate({mine, mine + 1}, event::unmap);
           if (c.starts != 1) missed.fetch_add(1);
         }
@@ -325,11 +298,11 @@ TEST_CASE_TEMPLATE("D3: threads that insert and remove beside brackets leave the
   CHECK_FALSE(w.space.armed());
 }
 
-TEST_CASE_TEMPLATE("L8: barrier waits for intervals that leave a released space", Policy, POLICIES) {
+TEST_CASE_TEMPLATE("L8: barrier waits for intervals that leave a released space", P, EVERY_PRIMARY) {
   for (const bool released_first : {true, false}) {
     static std::atomic<bool> done;
     done.store(false);
-    world<Policy> w;
+    P w;
     counting_client c;
     notifier_of iv{c};
     REQUIRE(w.insert(iv, {0, page}) == errc::ok);
@@ -344,8 +317,8 @@ TEST_CASE_TEMPLATE("L8: barrier waits for intervals that leave a released space"
   }
 }
 
-TEST_CASE_TEMPLATE("L6: nothing comes to a released space, by a split either", Policy, POLICIES) {
-  world<Policy> w;
+TEST_CASE_TEMPLATE("L6: nothing comes to a released space, by a split either", P, EVERY_PRIMARY) {
+  P w;
   counting_client c;
   counting_client d;
   notifier_of iv{c};

@@ -25,10 +25,10 @@
 
 #include <mmunotify/base/result.hpp>
 #include <mmunotify/config.hpp>
+#include <mmunotify/interval/detail/interval_forwarding.hpp>
 #include <mmunotify/interval/detail/interval_set.hpp>
 #include <mmunotify/interval/interval_notifier.hpp>
 #include <mmunotify/notifier/address_space.hpp>
-#include <mmunotify/observe/observe.hpp>
 
 MMUNOTIFY_BEGIN_NAMESPACE
 namespace detail {
@@ -102,6 +102,21 @@ class interval_home : public interval_set<Key> {
     return e;
   }
 
+  /// The same, and existing(visit) when the brackets in flight that do not know `fresh` are over. released() after that
+  /// is looked at inside the section: release() waits for the replay, or there is none.
+  template <bool MayWait, class Existing>
+  errc insert_and_tell(basic_interval<Key>& fresh, basic_range<Key> r, Existing& existing) noexcept {
+    const errc e = beside_release([&] { return this->join(fresh, r); }, fresh);
+    if (e != errc::ok) return e;
+    this->outwait_strangers(fresh, MayWait);
+    {
+      const read_section s(registry_.domain());
+      if (!released()) existing(set_type::visitor_of(fresh, r));
+    }
+    set_type::open(fresh);
+    return errc::ok;
+  }
+
  private:
   struct anchor : node {
     explicit anchor(interval_home& h) noexcept : node(table, this, basic_filter<Key>{}), home(h) {}
@@ -130,6 +145,9 @@ class interval_home : public interval_set<Key> {
     }
     if (queued) registry_.domain().barrier();
   }
+
+  template <class Home, address_key K>
+  friend interval_hooks<K> hooks_of(Home&) noexcept;
 
   static void gone(interval_roster<Key>& set) noexcept { static_cast<interval_home&>(set).drop(); }
 
@@ -199,40 +217,8 @@ class interval_home : public interval_set<Key> {
     this->release_all();
   }
 
-  // --- What the audience calls. -------------------------------------------------------------------------------------
-
-  static interval_home& home_at(void* set) noexcept { return *static_cast<interval_home*>(set); }
-  static bool on_start(void* set, const basic_invalidation<Key>& i, pending_passes<Key>& passes, void*& m) noexcept {
-    observe::none nobody;
-    flight_memo memo;
-    if (home_at(set).released()) return true;  // L3: another may keep the space armed
-    if (!home_at(set).start(i, memo, passes, nobody)) return false;
-    m = memo.to_pointer();
-    return true;
-  }
-  static void on_end(void* set, const basic_invalidation<Key>& i, void* m) noexcept {
-    observe::none nobody;
-    home_at(set).end(i, flight_memo::from_pointer(m), nobody);
-  }
-  static void on_cancel(void* set, const basic_invalidation<Key>& i, void* m) noexcept {
-    observe::none nobody;
-    home_at(set).cancel(i, flight_memo::from_pointer(m), nobody);
-  }
-  static bool on_young(void* set, young_hook<Key> hook, basic_range<Key> r, bool first_yes) noexcept {
-    observe::none nobody;
-    if (home_at(set).released()) return false;
-    return first_yes ? home_at(set).template ask_young<true>(hook, r, nobody)
-                     : home_at(set).template ask_young<false>(hook, r, nobody);
-  }
-  static void on_flush(void* set, basic_range<Key> r) noexcept {
-    observe::none nobody;
-    if (!home_at(set).released()) home_at(set).invalidate_secondary_tlbs(r, nobody);
-  }
-
   registry_type& registry_;
-  const interval_hooks<Key> hooks_{this, &on_start, &on_end, &on_cancel, &on_young, &on_flush, [](void* set) noexcept {
-                                     delete static_cast<interval_home*>(set);
-                                   }};
+  const interval_hooks<Key> hooks_ = hooks_of<interval_home, Key>(*this);
   std::atomic<const void*> space_{nullptr};  ///< compared, never followed
   alignas(64) std::atomic<std::uint64_t> users_{0};
   std::atomic<bool> released_{false};
@@ -255,12 +241,22 @@ struct interval_door {
   /// A space that is disarmed, and has a lock to offer, is armed: no bracket is in flight then.
   template <class Gate>
   static errc insert(Gate& gate, const void* space, Interval& n, range_type r) noexcept {
-    if (const errc e = insert_into_armed(gate, space, n, r); e != errc::lock_not_held) return e;
-    starter first;
-    if (const errc e = gate.join(first, space, [](const auto&) noexcept {}); e != errc::ok) return e;
-    const errc e = insert_into_armed(gate, space, n, r);
-    static_cast<void>(gate.leave(first, space));
-    return e;
+    return insert_by(gate, space, r,
+                     [&](home& h) noexcept { return h.beside_release([&] { return h.insert(n, r); }, n); });
+  }
+  /// MayWait: brackets may be in flight.
+  template <bool MayWait, class Gate, class Existing>
+  static errc insert(Gate& gate, const void* space, Interval& n, range_type r, Existing& existing) noexcept {
+    if constexpr (MayWait) {
+      if (gate.may_be_inside()) {
+        violated("L7", "address_space::insert",
+                 "called with existing ranges inside a callback or an open bracket of the same address space: it would "
+                 "wait for itself");
+        return errc::would_deadlock;
+      }
+    }
+    return insert_by(gate, space, r,
+                     [&](home& h) noexcept { return h.template insert_and_tell<MayWait>(n, r, existing); });
   }
   static errc remove(const void* space, Interval& n) noexcept {
     home* const h = home::of(n, space);
@@ -290,9 +286,20 @@ struct interval_door {
   }
 
  private:
-  template <class Gate>
-  static errc insert_into_armed(Gate& gate, const void* space, Interval& n, range_type r) noexcept {
+  /// put(home) inserts.
+  template <class Gate, class Put>
+  static errc insert_by(Gate& gate, const void* space, const range_type& r, Put put) noexcept {
     if (r.empty()) return errc::bad_range;
+    if (const errc e = insert_into_armed(gate, space, put); e != errc::lock_not_held) return e;
+    starter first;
+    if (const errc e = gate.join(first, space, [](const auto&) noexcept {}); e != errc::ok) return e;
+    const errc e = insert_into_armed(gate, space, put);
+    static_cast<void>(gate.leave(first, space));
+    return e;
+  }
+
+  template <class Gate, class Put>
+  static errc insert_into_armed(Gate& gate, const void* space, Put& put) noexcept {
     home* h = gate.ask([](auto& registry, auto&) noexcept -> home* {
       home* const there = home::of(registry);
       return there != nullptr && there->hold() ? there : nullptr;
@@ -306,7 +313,7 @@ struct interval_door {
       });
       if (e != errc::ok) return e;
     }
-    const errc e = h->beside_release([&] { return h->insert(n, r); }, n);
+    const errc e = put(*h);
     if (e != errc::ok) h->drop();
     return e;
   }

@@ -64,6 +64,12 @@ class interval_roster {
   /// waiting (C5). Errors: bad_range (empty or reversed), already_registered, no_memory, no_slot: nothing has changed.
   /// Progress: lock-free, but for the allocator. Context: anywhere but signal handlers, also in callbacks (C6).
   errc insert(interval& n, range_type r) noexcept {
+    const errc e = join(n, r);
+    if (e == errc::ok) open(n);
+    return e;
+  }
+  /// Effects: the same in two halves. In between n cannot be removed or changed.
+  errc join(interval& n, range_type r) noexcept {
     if (const errc e = may_change(r); e != errc::ok) return e;
     if (!move(n, phase::idle, phase::joining)) return errc::already_registered;
     n.told_release_.store(false, std::memory_order_relaxed);
@@ -74,8 +80,22 @@ class interval_roster {
     }
     become_current(n, n.first_entry_);
     publish(n, n.first_entry_);
-    settle(n, phase::live);
     return errc::ok;
+  }
+  static void open(interval& n) noexcept { settle(n, phase::live); }
+
+  /// Effects: waits for the brackets in flight that overlap n and do not know it. may_wait: there may be some; else the
+  /// caller knows that there are none. Preconditions: between join and open; outside of sections, if it may wait.
+  void outwait_strangers(interval& n, bool may_wait) noexcept {
+    if (!may_wait) n.beside_overflow_.store(0, std::memory_order_release);  // (in5)
+    bool go_on = true;
+    for (std::uint64_t v = n.word_.load(); go_on && collision_word::is_pending(v); v = n.word_.load()) {
+      go_on = n.wait_for_strangers(context_, v, may_wait);
+    }
+  }
+  /// What hands existing ranges to n's client, clipped.
+  static basic_range_visitor<Key> visitor_of(const interval& n, const range_type& r) noexcept {
+    return {*n.operations_, n.client_, r};
   }
 
   /// Effects: no bracket that starts from now on calls n; those in flight end first. Returns: ok, and no callback of n
@@ -100,6 +120,7 @@ class interval_roster {
     if (!claim_removal(n)) return errc::not_registered;
     n.done_ = done;
     kill_all(n);
+    if constexpr (mutated(mutation::interval_unlink_at_once)) return mark_later(&n), errc::ok;
     return context_.domain.call_unbounded(n, &mark_later);
   }
 

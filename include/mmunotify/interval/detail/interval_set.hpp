@@ -41,11 +41,13 @@ class interval_set : public interval_roster<Key> {
   template <observe::observer O>
   [[nodiscard]] bool start(const invalidation_type& i, memo& m, pending_passes<Key>& passes, O& observer) noexcept {
     if (!context_.enter(number_of(i.range.first), number_of(i.range.last), i.blockable, m)) return false;
+    bool heard = false;
     std::uint64_t calls = 0;
     const entry* refused = nullptr;
     for_audience(i, m.version(), [&](entry& e) {
       e.owner->word_.raise();
-      ++calls;
+      heard = true;
+      calls += has_start_hook(e) ? 1 : 0;
       if (call_start(e, i, passes)) [[likely]]
         return true;
       if (i.blockable) [[unlikely]] {
@@ -55,7 +57,7 @@ class interval_set : public interval_roster<Key> {
       refused = &e;
       return false;
     });
-    if (calls == 0) {
+    if (!heard) {
       m.call_nobody();
       return true;
     }
@@ -92,6 +94,49 @@ class interval_set : public interval_roster<Key> {
     });
     observer.note(observe::occurrence::callback, calls);
     return young;
+  }
+
+  /// Effects: marks the pages that somebody has accessed. Everybody is asked about the pages that it has a byte of: for
+  /// all at once, or, if it cannot answer so, for each, clipped.
+  template <observe::observer O>
+  void ask_young_pages(basic_young_batch<Key>& batch, O& observer) noexcept
+    requires paged_key<Key>
+  {
+    std::uint64_t calls = 0;
+    for_present(batch.range(), [&](entry& e) {
+      const operations<Key>& o = *e.owner->operations_;
+      basic_young_batch<Key> mine = batch.part(e.range);
+      if (o.young_pages != nullptr) {
+        ++calls;
+        o.young_pages(e.owner->client_, mine);
+        return true;
+      }
+      const auto ask = batch.clear() ? o.clear_young : o.test_young;
+      if (ask == nullptr) return true;
+      mark_page_by_page(mine, [&](range_type page) {
+        ++calls;
+        return ask(e.owner->client_, page.clipped_to(e.range));
+      });
+      return true;
+    });
+    observer.note(observe::occurrence::callback, calls);
+  }
+
+  /// Effects: tells everybody in the range what its translation is now, each its part. Whoever covers an address now
+  /// is told: after a split the upper one, though only the lower one got the start.
+  template <observe::observer O>
+  void change_entry(const basic_entry_change<Key>& change, O& observer) noexcept
+    requires paged_key<Key>
+  {
+    std::uint64_t calls = 0;
+    for_present(change.range, [&](entry& e) {
+      const auto tell = e.owner->operations_->change_entry;
+      if (tell == nullptr) return true;
+      ++calls;
+      tell(e.owner->client_, clipped(change, e.range));
+      return true;
+    });
+    observer.note(observe::occurrence::callback, calls);
   }
 
   /// Effects: tells everybody in the range to flush what walks the primary's tables (O4). Progress: wait-free.
@@ -149,6 +194,10 @@ class interval_set : public interval_roster<Key> {
     if (!r.empty()) for_overlapping(r, context_.clock.read(), f);
   }
 
+  static bool has_start_hook(const entry& e) noexcept {
+    const operations<Key>& o = *e.owner->operations_;
+    return o.try_start != nullptr || o.begin != nullptr;
+  }
   /// Returns: false if the client refused.
   static bool call_start(entry& e, const invalidation_type& i, pending_passes<Key>& passes) noexcept {
     const operations<Key>& o = *e.owner->operations_;

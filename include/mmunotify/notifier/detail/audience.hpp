@@ -21,6 +21,7 @@
 // Everything about the list: lockfree_hlist.hpp, about grace periods: srcu_domain.hpp.
 
 #include <atomic>
+#include <concepts>
 #include <cstdint>
 
 #include <mmunotify/base/result.hpp>
@@ -42,20 +43,52 @@ bool is_valid(basic_range<Key> r) noexcept {
   return !r.empty();
 }
 
-/// How an audience calls the intervals of the space, which it does not know.
+/// How an audience calls the intervals of the space, which it does not know. calls: what the calls of clients are
+/// added to.
+template <address_key Key>
+struct interval_calls {
+  using count = std::uint64_t*;
+  using batch = typename young_batch_of<Key>::type;
+  /// Returns: false if one refused; then those that got the start have got the end, and nothing is pending. memo goes
+  /// to end.
+  bool (*start)(void* set, const basic_invalidation<Key>&, pending_passes<Key>&, void*& memo, count calls) noexcept;
+  void (*end)(void* set, const basic_invalidation<Key>&, void* memo, count calls) noexcept;
+  /// In place of end, when a subscriber refused after the intervals had started: everything is as before (P4).
+  void (*cancel)(void* set, const basic_invalidation<Key>&, void* memo, count calls) noexcept;
+  void (*change_entry)(void* set, const basic_entry_change<Key>&, count calls) noexcept;  ///< null: keys have no pages
+  bool (*ask_young)(void* set, young_hook<Key>, basic_range<Key>, bool first_yes, count calls) noexcept;
+  void (*ask_young_pages)(void* set, batch&, count calls) noexcept;  ///< null: keys have no pages
+  void (*invalidate_secondary_tlbs)(void* set, basic_range<Key>, count calls) noexcept;
+};
+
 template <address_key Key>
 struct interval_hooks {
   void* set;
-  /// Returns: false if one refused; then those that got the start have got the end, and nothing is pending. memo goes
-  /// to end.
-  bool (*start)(void* set, const basic_invalidation<Key>&, pending_passes<Key>&, void*& memo) noexcept;
-  void (*end)(void* set, const basic_invalidation<Key>&, void* memo) noexcept;
-  /// In place of end, when a subscriber refused after the intervals had started: everything is as before (P4).
-  void (*cancel)(void* set, const basic_invalidation<Key>&, void* memo) noexcept;
-  bool (*ask_young)(void* set, young_hook<Key>, basic_range<Key>, bool first_yes) noexcept;
-  void (*invalidate_secondary_tlbs)(void* set, basic_range<Key>) noexcept;
+  interval_calls<Key> silent;  ///< for observe::none: nothing is counted, and calls is null
+  interval_calls<Key> counting;
   /// The audience goes; nothing is registered.
   void (*destroy)(void* set) noexcept;
+
+  template <observe::observer O>
+  [[gnu::always_inline]] const interval_calls<Key>& calls() const noexcept {
+    if constexpr (std::same_as<O, observe::none>) {
+      return silent;
+    } else {
+      return counting;
+    }
+  }
+};
+
+/// What intervals add their calls to; nothing where nobody counts.
+template <observe::observer O>
+struct interval_count {
+  std::uint64_t value = 0;
+  std::uint64_t* to() noexcept { return &value; }
+};
+template <>
+struct interval_count<observe::none> {
+  static constexpr std::uint64_t value = 0;
+  static constexpr std::uint64_t* to() noexcept { return nullptr; }
 };
 
 template <address_key Key, class Platform>
@@ -82,7 +115,10 @@ class audience {
     started s;
     pending_passes<Key> pending;  // its address is given away; s stays in registers
     if (const auto* const first = intervals(); first != nullptr) [[unlikely]] {
-      static_cast<void>(first->start(first->set, i, pending, memo));  // nobody refuses what is blockable
+      interval_count<O> calls;
+      // Nobody refuses what is blockable.
+      static_cast<void>(first->template calls<O>().start(first->set, i, pending, memo, calls.to()));
+      s.calls += calls.value;
     }
     for_each_hearing(
         g, [&](node & n) __attribute__((always_inline)) {
@@ -108,7 +144,9 @@ class audience {
     std::uint64_t calls = 0;
     if (memo != nullptr) [[unlikely]] {
       const auto* const first = intervals();
-      first->end(first->set, i, memo);
+      interval_count<O> ends;
+      first->template calls<O>().end(first->set, i, memo, ends.to());
+      observer.note(observe::occurrence::callback, ends.value);
     }
     if (g == 0) return;
     for_each_hearing(
@@ -132,7 +170,10 @@ class audience {
     started s;
     pending_passes<Key> pending;  // its address is given away; s stays in registers
     const auto* const first = intervals();
-    const bool intervals_refused = first != nullptr && !first->start(first->set, i, pending, memo);
+    interval_count<O> calls;
+    const bool intervals_refused =
+        first != nullptr && !first->template calls<O>().start(first->set, i, pending, memo, calls.to());
+    s.calls += calls.value;
     const node* refused = nullptr;
     if (!intervals_refused) {
       for_each_hearing(g, [&](node& n) {
@@ -149,7 +190,9 @@ class audience {
     }
     observer.note(observe::occurrence::refusal, 1);
     if (refused != nullptr) {
-      if (memo != nullptr) first->cancel(first->set, i, memo);
+      interval_count<O> ends;
+      if (memo != nullptr) first->template calls<O>().cancel(first->set, i, memo, ends.to());
+      observer.note(observe::occurrence::callback, ends.value);
       call_end(i, g, nullptr, observer, refused);
     }
     return false;
@@ -158,7 +201,12 @@ class audience {
   /// Tells the clients of the range what its translation is now.
   template <observe::observer O>
   void change_entry(const basic_entry_change<Key>& e, O& observer) {
-    std::uint64_t calls = 0;
+    interval_count<O> first_calls;
+    if (const auto* const first = intervals(); first != nullptr) {
+      const auto tell = first->template calls<O>().change_entry;
+      if (tell != nullptr) tell(first->set, e, first_calls.to());
+    }
+    std::uint64_t calls = first_calls.value;
     const std::uint64_t g = version();
     for (node& n : list_) {
       if (n.operations_->change_entry == nullptr || !n.hears(g) || !n.wants(e.range)) continue;
@@ -172,7 +220,11 @@ class audience {
   template <observe::observer O>
   [[gnu::always_inline]] void invalidate_secondary_tlbs(basic_range<Key> r, O& observer) {
     std::uint64_t calls = 0;
-    if (const auto* const first = intervals(); first != nullptr) first->invalidate_secondary_tlbs(first->set, r);
+    if (const auto* const first = intervals(); first != nullptr) {
+      interval_count<O> first_calls;
+      first->template calls<O>().invalidate_secondary_tlbs(first->set, r, first_calls.to());
+      calls = first_calls.value;
+    }
     for_each_hearing(
         version(), [&](node & n) __attribute__((always_inline)) {
           if (n.invalidate_secondary_tlbs_ != nullptr) {
@@ -192,9 +244,10 @@ class audience {
   bool ask_young(young_hook<Key> hook, basic_range<Key> r, O& observer) {
     const std::uint64_t g = version();
     bool young = false;
-    std::uint64_t calls = 0;
+    interval_count<O> first_calls;
     if (const auto* const first = intervals(); first != nullptr)
-      young = first->ask_young(first->set, hook, r, FirstYes);
+      young = first->template calls<O>().ask_young(first->set, hook, r, FirstYes, first_calls.to());
+    std::uint64_t calls = first_calls.value;
     for (node& n : list_) {
       if (FirstYes && young) break;
       const auto ask = n.operations_->*hook;
@@ -211,8 +264,11 @@ class audience {
   void ask_young_pages(basic_young_batch<Key>& batch, O& observer)
     requires paged_key<Key>
   {
+    interval_count<O> first_calls;
+    if (const auto* const first = intervals(); first != nullptr)
+      first->template calls<O>().ask_young_pages(first->set, batch, first_calls.to());
+    std::uint64_t calls = first_calls.value;
     const std::uint64_t g = version();
-    std::uint64_t calls = 0;
     for (node& n : list_) {
       if (!n.hears(g) || !n.wants(batch.range())) continue;
       if (n.operations_->young_pages != nullptr) {
@@ -227,11 +283,6 @@ class audience {
         ++calls;
         return ask(n.client_, page);
       });
-    }
-    if (const auto* const first = intervals(); first != nullptr) {
-      const auto hook = batch.clear() ? &operations<Key>::clear_young : &operations<Key>::test_young;
-      mark_page_by_page(
-          batch, [&](basic_range<Key> page) { return first->ask_young(first->set, hook, page, !batch.clear()); });
     }
     observer.note(observe::occurrence::callback, calls);
   }
@@ -308,17 +359,6 @@ class audience {
       for (; at != nullptr; ++at) {
         if ((*at).hears(g) && !visit(*at)) return;
       }
-    }
-  }
-
-  template <class Ask>
-  static void mark_page_by_page(basic_young_batch<Key>& batch, Ask ask)
-    requires paged_key<Key>
-  {
-    for (std::uint64_t p = 0; p < batch.pages(); ++p) {
-      if (!batch.clear() && batch.marked(p)) continue;  // somebody has said yes (O5)
-      const Key first = batch.page(p);
-      if (ask(basic_range<Key>{first, static_cast<Key>(first + page_of_keys<Key>)})) batch.mark(first);
     }
   }
 

@@ -106,7 +106,7 @@ class roster : public audience<Key, Platform> {
   template <class Existing>
   void replay(node& n, Existing&& existing) {
     const section s(domain_);
-    existing(basic_range_visitor<Key>(n));
+    existing(basic_range_visitor<Key>(*n.operations_, n.client_, n.filter_.range));
   }
 
   // --- Being found. -------------------------------------------------------------------------------------------------

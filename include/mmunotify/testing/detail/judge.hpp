@@ -12,6 +12,7 @@
 
 #include <mmunotify/config.hpp>
 #include <mmunotify/testing/report.hpp>
+#include <mmunotify/testing/schedule.hpp>
 
 MMUNOTIFY_BEGIN_NAMESPACE
 namespace testing::detail {
@@ -52,6 +53,7 @@ class judge {
 
   /// The library's contract handler while the kit runs: what it finds is a failure of the scenario.
   static void on_violation(const contract_violation& v) noexcept {
+    if (is_wait_of_an_interval(v)) return;
     // (jd2) acquire pairs with (jd1): the judge is complete.
     if (judge* const j = current.load(std::memory_order_acquire); j != nullptr) {
       j->that(false, v.rule, "%s: %s", v.function, v.sentence);
@@ -59,6 +61,16 @@ class judge {
   }
 
  private:
+  /// An interval's fault or removal would wait for a bracket of its own thread, as the thread plays the primary, too: a
+  /// real one would wait, or not be there. What it gets tells it that it has failed. (In a hook it is a failure.)
+  static bool is_wait_of_an_interval(const contract_violation& v) noexcept {
+    if (current_schedule.callbacks != 0 || std::strcmp(v.rule, "L7") != 0) return false;
+    for (const char* f : {"interval_notifier::read_begin", "interval_notifier::take_turn", "address_space::remove"}) {
+      if (std::strcmp(v.function, f) == 0) return true;
+    }
+    return false;
+  }
+
   static inline std::atomic<judge*> current{nullptr};
 
   failure failure_{};
