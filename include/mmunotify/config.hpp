@@ -169,22 +169,27 @@ enum class mutation : int {
   reap_despite_refusal = 58,    ///< what a client refused to let go is reaped
   collapse_despite_loans = 59,  ///< pages on loan are collapsed
   // secondary/x86/, the shadow side.
-  no_shadow_flush = 60,      ///< shadow_tables::commit does not flush
-  no_write_tracking = 61,    ///< a guest table is shadowed while it is mapped writable
-  half_written_zap = 62,     ///< a guest write over two entries zaps the first one's shadow
-  stale_mmio = 63,           ///< an MMIO entry is good in every generation of the slots
-  mark_before_upgrade = 64,  ///< a fast write marks the frame before its leaf is writable
-  weak_downgrade = 65,       ///< a write-protecting bracket leaves dirty-log upgrades possible
-  wide_root_key = 66,        ///< a root is remembered by CR3 alone
-  large_over_table = 67,     ///< a large leaf may hold a shadowed table
-  no_entry_recheck = 68,     ///< guest entries are not read again under the lock
-  stale_sync = 69,           ///< a table that the guest wrote freely is taken for unchanged
-  one_quadrant = 70,         ///< all parts of a table of 4-byte entries are taken for the first one
-  wide_written_zap = 71,     ///< a guest write counts 8-byte entries in a table of 4-byte ones
-  pdptes_not_in_key = 72,    ///< a PAE root is found by CR3 alone
-  stale_pdptes = 73,         ///< writes of control registers do not load the PDPTEs
-  pse_not_in_role = 74,      ///< CR4.PSE is no part of a shadow page's role
-  keys_of_the_fault = 75,    ///< protection keys are judged when a leaf is made and not at each access
+  no_shadow_flush = 60,       ///< shadow_tables::commit does not flush
+  no_write_tracking = 61,     ///< a guest table is shadowed while it is mapped writable
+  half_written_zap = 62,      ///< a guest write over two entries zaps the first one's shadow
+  stale_mmio = 63,            ///< an MMIO entry is good in every generation of the slots
+  mark_before_upgrade = 64,   ///< a fast write marks the frame before its leaf is writable
+  weak_downgrade = 65,        ///< a write-protecting bracket leaves dirty-log upgrades possible
+  wide_root_key = 66,         ///< a root is remembered by CR3 alone
+  large_over_table = 67,      ///< a large leaf may hold a shadowed table
+  no_entry_recheck = 68,      ///< guest entries are not read again under the lock
+  stale_sync = 69,            ///< a table that the guest wrote freely is taken for unchanged
+  one_quadrant = 70,          ///< all parts of a table of 4-byte entries are taken for the first one
+  wide_written_zap = 71,      ///< a guest write counts 8-byte entries in a table of 4-byte ones
+  pdptes_not_in_key = 72,     ///< a PAE root is found by CR3 alone
+  stale_pdptes = 73,          ///< writes of control registers do not load the PDPTEs
+  pse_not_in_role = 74,       ///< CR4.PSE is no part of a shadow page's role
+  keys_of_the_fault = 75,     ///< protection keys are judged when a leaf is made and not at each access
+  nested_table_as_read = 85,  ///< a nested guest's page tables are read as if EPT and NPT asked for no write there
+  nested_dirty_ignored = 86,  ///< a leaf is writable before the guest hypervisor's dirty bit is set
+  nested_not_in_role = 87,    ///< what kind a nested guest's table is, is no part of a shadow page's role
+  ept_misconfigured_ok = 88,  ///< EPT entries are not checked for misconfigurations
+  nested_stale_sync = 89,     ///< an EPT or NPT table that was written freely is taken for unchanged
 };
 
 /// True in the build that has this one protection removed.
