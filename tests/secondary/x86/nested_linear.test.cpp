@@ -19,8 +19,8 @@ constexpr gva va{0x400123};
 /// L2 maps va to its page at `a`, by tables at pages 0x10 to 0x13; L1 maps that to its page 5, and those one to one.
 struct fixture : nested_machine {
   gpa second_leaf = second_map(a, page);
-  gpa leaf{};                     ///< L2's
-  std::array<gpa, 5> entries{};   ///< L2's, [level]
+  gpa leaf{};                    ///< L2's
+  std::array<gpa, 5> entries{};  ///< L2's, [level]
 
   explicit fixture(bool with_npt = false, bool marks = false, std::uint64_t used_bits = used,
                    const x86::mmu_options& o = {})
@@ -152,7 +152,8 @@ TEST_CASE("the final access is judged by the hypervisor's tables as what it is, 
   CHECK(amd.go(access::write).result == npf(a + 0x123, 1 | 2 | 4 | npt_exit::final_access));
 }
 
-TEST_CASE("what the guest's own tables forbid is its own fault, before the hypervisor's tables are asked for the page") {
+TEST_CASE(
+    "what the guest's own tables forbid is its own fault, before the hypervisor's tables are asked for the page") {
   in_both_formats([](bool npt) {
     fixture f(npt);
     CHECK(f.write64(f.second_leaf, 0) == errc::ok);
@@ -325,8 +326,8 @@ TEST_CASE("a nested guest may be in any paging mode") {
       const std::uint64_t whole = f.read64(second_15);
       CHECK(f.write64(second_15, 0) == errc::ok);
       const x86::walk_context before = f.l2.registers();
-      CHECK(f.l2.set_controls(r) == (npt ? npf({0x15000}, 2 | 4 | npt_exit::table_access)
-                                         : violation({0x15000}, ept_exit::read)));
+      CHECK(f.l2.set_controls(r) ==
+            (npt ? npf({0x15000}, 2 | 4 | npt_exit::table_access) : violation({0x15000}, ept_exit::read)));
       CHECK(f.l2.registers().cr3 == before.cr3);
       CHECK(f.l2.mode() == x86::paging::long_4);
       CHECK(f.write64(second_15, whole) == errc::ok);

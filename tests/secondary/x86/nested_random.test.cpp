@@ -31,12 +31,12 @@ struct random_nest {
   std::mt19937_64 random;
   bool npt, unsync;
   bool logging = false;
-  bool toggled = false;                   ///< the host made a page read-only, or writable, during the access
-  bool self = false;                      ///< L2's tables lie in L1's, whose meaning changes during the walk
-  std::set<std::uint64_t> written;        ///< frames of L1, since the last harvest
-  std::set<std::uint64_t> was_rom;        ///< walks through these may have left no traces
+  bool toggled = false;                            ///< the host made a page read-only, or writable, during the access
+  bool self = false;                               ///< L2's tables lie in L1's, whose meaning changes during the walk
+  std::set<std::uint64_t> written;                 ///< frames of L1, since the last harvest
+  std::set<std::uint64_t> was_rom;                 ///< walks through these may have left no traces
   std::vector<std::pair<gpa, bool>> used_entries;  ///< L1's entries that the access goes through; dirty as well
-  std::array<std::uint64_t, 12> seen{};   ///< outcomes
+  std::array<std::uint64_t, 12> seen{};            ///< outcomes
   std::uint64_t freely = 0, harvested = 0;
 
   random_nest(std::uint64_t s, bool with_npt, bool with_unsync)
@@ -110,9 +110,7 @@ struct random_nest {
 
   // --- What L2 writes, unseen. --------------------------------------------------------------------------------------
 
-  std::uint64_t second_page() {
-    return below(8) << 12 | below(2) << 21 | below(2) << 30 | below(2) << 39;
-  }
+  std::uint64_t second_page() { return below(8) << 12 | below(2) << 21 | below(2) << 30 | below(2) << 39; }
   void write_l2_entry() {
     std::uint64_t e = chance(75) ? below(l2_table_count) << 12 : second_page();
     if (chance(1)) e |= std::uint64_t{1} << 50;
@@ -196,11 +194,12 @@ struct random_nest {
     const nested_pointer p = cpu.tables();
     const bool marks = !npt && (p.value & x86::eptp::accessed_dirty) != 0;
     const second_level rules{.npt = npt, .root = p.value & pte::address, .marks = marks, .execute_only = true};
-    const second_answer r = second_walk(rules, at.value, reads, writes, fetches, [&](std::uint64_t w, std::uint64_t& e) {
-      if (!there({w})) return false;
-      e = m.read64({w});
-      return true;
-    });
+    const second_answer r =
+        second_walk(rules, at.value, reads, writes, fetches, [&](std::uint64_t w, std::uint64_t& e) {
+          if (!there({w})) return false;
+          e = m.read64({w});
+          return true;
+        });
     if (npt || marks) {
       for (const std::uint64_t w : r.used) used_entries.emplace_back(gpa{w}, writes && w == r.used.back());
     }
@@ -319,10 +318,12 @@ struct random_nest {
     const std::uint64_t dice = below(100);
     if (dice < 40) {
       std::uint64_t a = below(page_size / 8) * 8;
-      for (unsigned l = 1; l <= 4; ++l) a |= below(cpu.mode() == x86::paging::long_4 ? 3 : l < 3 ? 6 : 1) << (12 + 9 * (l - 1));
+      for (unsigned l = 1; l <= 4; ++l)
+        a |= below(cpu.mode() == x86::paging::long_4 ? 3 : l < 3 ? 6 : 1) << (12 + 9 * (l - 1));
       return do_access(cpu, gva{a});
     }
-    if (dice < 65) return do_access(cpu, l2_gpa{second_page() | below(page_size) | (chance(1) ? std::uint64_t{1} << 50 : 0)});
+    if (dice < 65)
+      return do_access(cpu, l2_gpa{second_page() | below(page_size) | (chance(1) ? std::uint64_t{1} << 50 : 0)});
     if (dice < 76) return write_second();
     if (dice < 82) return write_l2_entry();
     if (dice < 88) return host_changes(any_frame());
@@ -361,8 +362,8 @@ TEST_CASE("every access of a nested guest is what both sets of tables say at tha
     tracked += s.tracked_writes;
   }
   MESSAGE("done ", seen[0], " #PF ", seen[1], " violations ", seen[3], " misconfigurations ", seen[4], " nested #PF ",
-          seen[5], " tracked ", seen[6], " not mapped ", seen[7], "; followed writes ", tracked, " free writes ", freely,
-          " synchronised ", resynced, " large ", large, " harvested ", harvested);
+          seen[5], " tracked ", seen[6], " not mapped ", seen[7], "; followed writes ", tracked, " free writes ",
+          freely, " synchronised ", resynced, " large ", large, " harvested ", harvested);
   for (const std::size_t kind : {0U, 1U, 3U, 4U, 5U, 6U, 7U}) CHECK(seen[kind] > 20);
   CHECK(freely > 20);
   CHECK(harvested > 20);

@@ -25,9 +25,9 @@ struct second_level {
 struct second_answer {
   enum kind { ok, forbidden, misconfigured, unreadable };
   kind what = ok;
-  std::uint64_t address = 0;  ///< ok: of L1; unreadable: of the entry
-  std::uint64_t info = 0;     ///< forbidden: the low bits of the qualification, or of the error code
-  unsigned level = 0;         ///< of the leaf
+  std::uint64_t address = 0;        ///< ok: of L1; unreadable: of the entry
+  std::uint64_t info = 0;           ///< forbidden: the low bits of the qualification, or of the error code
+  unsigned level = 0;               ///< of the leaf
   std::vector<std::uint64_t> used;  ///< where the entries are, leaf last; empty if not ok
 };
 

@@ -54,7 +54,8 @@ TEST_CASE("a nested access reaches the host's frame through the hypervisor's tab
   });
 }
 
-TEST_CASE("each right of the hypervisor's entries is judged, at the leaf and above it, and its exit says what there is") {
+TEST_CASE(
+    "each right of the hypervisor's entries is judged, at the leaf and above it, and its exit says what there is") {
   struct {
     std::uint64_t bits;
     bool read, write, fetch;
@@ -135,10 +136,10 @@ TEST_CASE("misconfigurations are exits of their own, for every rule of the forma
   const nested_outcome bad = misconfiguration(a);
   CHECK(bad.to() == receiver::l1);
   for (unsigned level = 1; level <= 4; ++level) {
-    CHECK(with(level, 0, epte::read) == bad);                               // written and not read
-    CHECK(with(level, std::uint64_t{1} << 44) == bad);                      // beyond MAXPHYADDR
+    CHECK(with(level, 0, epte::read) == bad);                                 // written and not read
+    CHECK(with(level, std::uint64_t{1} << 44) == bad);                        // beyond MAXPHYADDR
     CHECK(with(level, std::uint64_t{1} << 55).what == nested_outcome::done);  // ignored
-    if (level > 1) CHECK(with(level, 1 << 4) == bad);                       // a link's reserved bits
+    if (level > 1) CHECK(with(level, 1 << 4) == bad);                         // a link's reserved bits
   }
   CHECK(with(4, epte::large) == bad);
   CHECK(with(2, epte::large) == bad);  // a link's address is no large leaf's
@@ -158,7 +159,9 @@ TEST_CASE("execute-only entries are misconfigured unless the processor has them"
   CHECK(f.go(access::read).result == violation(a, ept_exit::read | ept_exit::executable));
 }
 
-TEST_CASE("accessed and dirty bits of EPT are set in the hypervisor's memory if the EPTP asks, and a clean leaf is not written unseen") {
+TEST_CASE(
+    "accessed and dirty bits of EPT are set in the hypervisor's memory if the EPTP asks, and a clean leaf is not "
+    "written unseen") {
   fixture plain;
   CHECK(plain.go(access::write).at == plain.now(page));
   CHECK((plain.read64(plain.leaf) & (epte::accessed | epte::dirty)) == 0);
@@ -251,8 +254,7 @@ TEST_CASE("1 GiB entries are refused where the processor has none") {
   nested_machine n(true, {}, nested_machine::pages, {.gib_pages = false});
   n.second_map({0x40000000}, {0}, npt_used, 3);
   n.enter();
-  CHECK(touch2(n.l2, l2_gpa{0x40000000}, access::read).result ==
-        npf({0x40000000}, 1 | 4 | 8 | npt_exit::final_access));
+  CHECK(touch2(n.l2, l2_gpa{0x40000000}, access::read).result == npf({0x40000000}, 1 | 4 | 8 | npt_exit::final_access));
 }
 
 TEST_CASE("five levels are walked and shadowed like four") {
@@ -432,8 +434,7 @@ TEST_CASE("a nested guest cannot write its hypervisor's tables unseen") {
     const l2_gpa window{0x9000};
     f.second_map(window, f.leaf.page());
     CHECK(f.go(access::write).at == f.now(page));  // now the table is shadowed
-    CHECK(f.go(access::write, window + f.leaf.offset()).result ==
-          elsewhere(nested_outcome::write_tracked, f.leaf));
+    CHECK(f.go(access::write, window + f.leaf.offset()).result == elsewhere(nested_outcome::write_tracked, f.leaf));
     CHECK(f.go(access::read, window).at == f.now(f.leaf.page()));
     CHECK(f.broken() == "");
   });
@@ -443,9 +444,11 @@ TEST_CASE("tables that the hypervisor writes freely count at its INVEPT, in all 
   in_both_formats([](bool npt) {
     fixture f(npt, true, {.unsync = true});
     const auto l1_writes = [&](std::uint64_t value) {
-      CHECK(f.l1.access({f.leaf.value}, access::write, [&](std::byte* at) noexcept {
-        std::atomic_ref<std::uint64_t>(*reinterpret_cast<std::uint64_t*>(at)).store(value);
-      }).what == outcome::done);
+      CHECK(f.l1.access({f.leaf.value}, access::write,
+                        [&](std::byte* at) noexcept {
+                          std::atomic_ref<std::uint64_t>(*reinterpret_cast<std::uint64_t*>(at)).store(value);
+                        })
+                .what == outcome::done);
     };
     const std::uint64_t bits = npt ? npt_used : ept_all | epte::write_back | epte::accessed | epte::dirty;
     const std::uint64_t same = page.value | bits;
