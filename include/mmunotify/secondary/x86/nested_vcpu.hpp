@@ -165,7 +165,7 @@ class nested_vcpu {
   nested_outcome access(l2_gpa a, x86::access how, F&& f) noexcept {
     return run(false, [&](view& memory) noexcept { return reach(memory, a, how, f); });
   }
-  /// Returns: whether the access would hit now, without a fault.
+  /// Returns: whether the access would hit now, without a fault. Effects: L2's A and D bits, as the access sets them.
   template <class Address>
     requires(std::same_as<Address, gva> || std::same_as<Address, l2_gpa>)
   bool hits(Address a, x86::access how) noexcept {
