@@ -185,6 +185,12 @@ enum class mutation : int {
   stale_pdptes = 73,         ///< writes of control registers do not load the PDPTEs
   pse_not_in_role = 74,      ///< CR4.PSE is no part of a shadow page's role
   keys_of_the_fault = 75,    ///< protection keys are judged when a leaf is made and not at each access
+  // secondary/x86/, nested guests.
+  nested_table_as_read = 85,  ///< a nested guest's page tables are read as if EPT and NPT asked for no write there
+  nested_dirty_ignored = 86,  ///< a leaf is writable before the guest hypervisor's dirty bit is set
+  nested_not_in_role = 87,    ///< what kind a nested guest's table is, is no part of a shadow page's role
+  ept_misconfigured_ok = 88,  ///< EPT entries are not checked for misconfigurations
+  nested_stale_sync = 89,     ///< an EPT or NPT table that was written freely is taken for unchanged
 };
 
 /// True in the build that has this one protection removed.

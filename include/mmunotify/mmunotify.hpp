@@ -37,5 +37,6 @@
 #include <mmunotify/secondary/x86/direct_mmu.hpp>
 #include <mmunotify/secondary/x86/direct_vcpu.hpp>
 #include <mmunotify/secondary/x86/guest_walker.hpp>
+#include <mmunotify/secondary/x86/nested_vcpu.hpp>
 #include <mmunotify/secondary/x86/shadow_mmu.hpp>
 #include <mmunotify/secondary/x86/vcpu.hpp>

@@ -23,21 +23,22 @@ namespace x86 {
 /// The state of a virtual processor that a walk depends on. What a mode does not use is ignored.
 struct walk_context {
   std::uint64_t cr3 = 0;
-  bool wp = true;            ///< CR0.WP
-  bool pse = true;           ///< CR4.PSE; means something in two-level paging only
-  bool smep = false;         ///< CR4.SMEP
-  bool smap = false;         ///< CR4.SMAP
-  bool pke = false;          ///< CR4.PKE; long modes only
-  bool pks = false;          ///< CR4.PKS; long modes only
-  bool nxe = true;           ///< EFER.NXE; not in two-level paging
-  bool ac = false;           ///< EFLAGS.AC
-  unsigned cpl = 0;          ///< current privilege level; 3 is user mode
-  std::uint32_t pkru = 0;    ///< the rights of user pages by key; means something while pke
-  std::uint32_t pkrs = 0;    ///< the rights of supervisor pages by key; means something while pks
-  unsigned maxphyaddr = 40;  ///< physical-address width, 32 to 52
-  bool gib_pages = true;     ///< the processor has 1 GiB pages
-  bool amd = false;          ///< the processor is an AMD one, which reserves more bits
-  unsigned pse36_bits = 40;  ///< physical-address width of 4 MiB pages, 32 (no PSE-36) to 40
+  bool wp = true;             ///< CR0.WP
+  bool pse = true;            ///< CR4.PSE; means something in two-level paging only
+  bool smep = false;          ///< CR4.SMEP
+  bool smap = false;          ///< CR4.SMAP
+  bool pke = false;           ///< CR4.PKE; long modes only
+  bool pks = false;           ///< CR4.PKS; long modes only
+  bool nxe = true;            ///< EFER.NXE; not in two-level paging
+  bool ac = false;            ///< EFLAGS.AC
+  unsigned cpl = 0;           ///< current privilege level; 3 is user mode
+  std::uint32_t pkru = 0;     ///< the rights of user pages by key; means something while pke
+  std::uint32_t pkrs = 0;     ///< the rights of supervisor pages by key; means something while pks
+  unsigned maxphyaddr = 40;   ///< physical-address width, 32 to 52
+  bool gib_pages = true;      ///< the processor has 1 GiB pages
+  bool amd = false;           ///< the processor is an AMD one, which reserves more bits
+  unsigned pse36_bits = 40;   ///< physical-address width of 4 MiB pages, 32 (no PSE-36) to 40
+  bool execute_only = false;  ///< EPT alone (nested_ept.hpp): entries may allow fetches and nothing else
   /// The registers that hold the four PDPTEs of PAE paging. MUST be what load_pdptes (pae.hpp) has put there.
   std::array<std::uint64_t, 4> pdptes{};
 

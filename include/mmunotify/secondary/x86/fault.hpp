@@ -65,6 +65,12 @@ class fault_path {
   fault_path(backing<Provider> b, shadow_tables& tables, mmu_counters& counters, bool unsync = false) noexcept
       : backing_(b), tables_(tables), counters_(counters), unsync_(unsync) {}
 
+  /// The same for a vCPU in another mode (nested_vcpu.hpp).
+  template <walked_mode Mode>
+  fault_path<Provider, Mode> in() const noexcept {
+    return {backing_, tables_, counters_, unsync_};
+  }
+
   /// Effects: one attempt to make the access possible. Returns: done (a leaf that allows it was installed), or why not.
   /// Context: the vCPU's thread, outside guest mode, without the MMU lock; may sleep; not in a callback.
   outcome fault(vcpu_state& v, gva a, access how) noexcept {
@@ -165,7 +171,7 @@ class fault_path {
     if (tracked && is_write(t.how)) return {.what = outcome::write_tracked, .address = t.walk.address};
     // A table in the large frame may have been shadowed on the way down, as one of this walk's own.
     if (level > 1 && leaf_level_locked(page, level) != level) return {.what = outcome::again};
-    const shadow_entry leaf = leaf_for(t.context(), t.how, t.walk, page, tracked, level).with_key(t.key());
+    const shadow_entry leaf = leaf_for<Mode>(t.context(), t.how, t.walk, page, tracked, level).with_key(t.key());
     tables_.map(*last, shadow_index(t.a, level), aligned_to(page.frame(), level), leaf, t.v.stock);
     if (level > 1) counters_.add(mmu_counters::large);
     return {};
@@ -195,7 +201,7 @@ class fault_path {
     tables_.make_room();
     shadow_page* const last = descend_locked(t, 1);
     if (last != nullptr) {
-      const rights r = leaf_rights(t.context(), t.how, t.walk);
+      const rights r = leaf_rights<Mode>(t.context(), t.how, t.walk);
       const auto e = shadow_entry::mmio(frame, r, t.walk.granted.user(), tables_.slots().generation());
       tables_.map_mmio(*last, shadow_index(t.a, 1), e);
     }
@@ -232,7 +238,7 @@ class fault_path {
     const gfn below = part ? first_frame(t.walk.address, level - 1) : layout::table_below(t.context(), t.walk, level);
     const unsigned quadrant = detail::mutated(detail::mutation::one_quadrant) ? 0 : layout::quadrant(t.a, level - 1);
     const page_role role =
-        part ? p.role.part_below(leaf_rights(t.context(), t.how, t.walk), t.walk.granted.user(), t.key())
+        part ? p.role.part_below(leaf_rights<Mode>(t.context(), t.how, t.walk), t.walk.granted.user(), t.key())
              : p.role.table_below(guest_walker<Mode>::rights_above(t.walk, level - 1), quadrant);
     shadow_page* child = linked(p, i, below, role);
     if (child == nullptr) child = table_locked(below, role, t.v.stock);
@@ -266,20 +272,23 @@ class fault_path {
   }
 
   /// What the leaf may grant as far as the guest is concerned. Before its dirty bit is set: no writing.
+  template <walked_mode Mode>
   static constexpr rights leaf_rights(const walk_context& c, access how, const walk_result& walk) noexcept {
     if (is_write(how) && !walk.granted.writable()) {  // CR0.WP=0, by the supervisor
       const bool no_fetch = c.smep && walk.granted.user();
       return changed(walk.granted, rights::write_bit,
                      static_cast<std::uint8_t>(rights::user_bit | (no_fetch ? rights::execute_bit : 0)));
     }
-    const bool dirty = walk.dirty() || is_write(how);  // a walk for writing has set it, or the table is ROM
+    const bool dirty =
+        shadow_layout<Mode>::dirty(c, walk) || is_write(how);  // a walk for writing has set it, or the table is ROM
     return changed(walk.granted, 0, dirty ? 0 : rights::write_bit);
   }
 
+  template <walked_mode Mode>
   shadow_entry leaf_for(const walk_context& c, access how, const walk_result& walk, const pinned_frame<Provider>& page,
                         bool tracked, unsigned level) noexcept {
     const bool read_only = tracked || page.at().read_only || !page.lease().writable;
-    const rights r = changed(leaf_rights(c, how, walk), 0, read_only ? rights::write_bit : 0);
+    const rights r = changed(leaf_rights<Mode>(c, how, walk), 0, read_only ? rights::write_bit : 0);
     const std::uint64_t used = shadow_entry::accessed_bit | (is_write(how) ? shadow_entry::dirty_bit : 0);
     const pfn first{page.lease().frame.value & ~(frames_at(level) - 1)};
     const shadow_entry leaf = shadow_entry::leaf(level > 1 ? first : page.lease().frame, r, walk.granted.user());

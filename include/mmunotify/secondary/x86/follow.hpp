@@ -27,6 +27,7 @@
 #include <mmunotify/config.hpp>
 #include <mmunotify/secondary/x86/backing.hpp>
 #include <mmunotify/secondary/x86/guest_walker.hpp>
+#include <mmunotify/secondary/x86/nested_modes.hpp>
 #include <mmunotify/secondary/x86/outcome.hpp>
 #include <mmunotify/secondary/x86/shadow_modes.hpp>
 #include <mmunotify/secondary/x86/shadow_tables.hpp>
@@ -159,6 +160,8 @@ class table_follower {
     for (std::size_t i = 0; i < frames.size(); ++i) {
       const bool readable = pins[i] && pins[i].stands_locked(backing_);
       tables_.settle(frames[i], [&](const shadow_page& p, unsigned n, shadow_entry e) noexcept -> bool {
+        if (p.role.nested() != nested_tables::none)
+          return readable && nested_follows(p, n, e, entry_of<long_mode_4>(pins[i], p.role, n));
         if constexpr (Mode::levels == 0) {
           return false;
         } else {

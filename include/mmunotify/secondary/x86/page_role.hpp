@@ -20,7 +20,8 @@
 //   nxe, and the processor    which bits are reserved: EFER.NXE, CR4.PSE, physical-address width (in a table of 4-byte
 //                             entries, that of 4 MiB pages), 1 GiB pages, AMD. Two vCPUs of different processors do
 //                             not share tables.
-//   invalid                   the page is on its way out; it fits nowhere
+//   nested                    the table is one that a guest hypervisor keeps for its guest: EPT, with its choices, or
+//   NPT invalid                   the page is on its way out; it fits nowhere
 //
 // References: Linux Documentation/virt/kvm/x86/mmu.rst ("shadow pages": the same word, for the same reasons).
 
@@ -41,6 +42,16 @@ enum class table_format : std::uint8_t {
   four_byte = 1,  ///< two-level paging
   pae = 2,        ///< 8 bytes, bits 52 to 62 reserved
   long_mode = 3,  ///< 8 bytes, 4 or 5 levels
+};
+
+/// What a table of a guest hypervisor is, as far as its entries' meaning depends on it (nested_modes.hpp).
+enum class nested_tables : std::uint8_t {
+  none = 0,  ///< a table of the guest's own paging
+  npt = 1,
+  ept = 4,
+  ept_accessed_dirty = 5,
+  ept_execute_only = 6,
+  ept_accessed_dirty_execute_only = 7,
 };
 
 /// The PDPTEs of PAE as far as a shadow page depends on them: address and P of those that are present.
@@ -87,6 +98,11 @@ class page_role {
   constexpr rights access() const noexcept { return {static_cast<std::uint8_t>(get(access_at, 3))}; }
   constexpr bool wp() const noexcept { return has(wp_at); }
   constexpr bool invalid() const noexcept { return has(invalid_at); }
+  constexpr nested_tables nested() const noexcept { return static_cast<nested_tables>(get(nested_at, 3)); }
+  /// What decides about reserved bits of 8-byte entries.
+  constexpr entry_format bits() const noexcept {
+    return {.maxphyaddr = get(width_at, 5) + 32, .nxe = has(nxe_at), .gib_pages = has(gib_at), .amd = has(amd_at)};
+  }
   constexpr std::uint32_t word() const noexcept { return word_; }
 
   constexpr page_role with_level(unsigned l) const noexcept { return put(level_at, 3, l); }
@@ -94,6 +110,10 @@ class page_role {
   constexpr page_role with_quadrant(unsigned q) const noexcept { return put(quadrant_at, 2, q); }
   constexpr page_role with_access(rights r) const noexcept { return put(access_at, 3, r.bits); }
   constexpr page_role with_wp(bool on) const noexcept { return with(wp_at, on); }
+  constexpr page_role with_nested(nested_tables n) const noexcept {
+    if constexpr (detail::mutated(detail::mutation::nested_not_in_role)) return *this;
+    return put(nested_at, 3, static_cast<unsigned>(n));
+  }
   constexpr page_role as_invalid() const noexcept { return with(invalid_at, true); }
 
   /// The role of a guest table below this one.
@@ -117,7 +137,7 @@ class page_role {
  private:
   static constexpr unsigned level_at = 0, format_at = 3, quadrant_at = 5, direct_at = 7, guest_user_at = 8,
                             access_at = 9, wp_at = 12, nxe_at = 13, smep_at = 14, smap_at = 15, pse_at = 16,
-                            gib_at = 17, amd_at = 18, width_at = 19, invalid_at = 24, key_at = 25;
+                            gib_at = 17, amd_at = 18, width_at = 19, invalid_at = 24, key_at = 25, nested_at = 29;
 
   /// The width that decides about reserved bits. 4-byte entries have some in 4 MiB pages alone.
   static constexpr unsigned width(const walk_context& c, table_format format) noexcept {

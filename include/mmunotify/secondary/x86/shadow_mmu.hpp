@@ -269,6 +269,16 @@ class shadow_mmu {
   void invalidate(vcpu_state& v, gva a) noexcept { follows_.invalidate(v, a); }
   errc load_pdptes(walk_context& c) noexcept { return follows_.load_pdptes(c); }
 
+  // --- For nested_vcpu. ---------------------------------------------------------------------------------------------
+
+  /// A fault of a vCPU in this mode of a nested guest.
+  template <walked_mode Mode>
+  outcome nested_fault(vcpu_state& v, gva a, access how) noexcept {
+    return faults_.template in<Mode>().fault(v, a, how);
+  }
+  backing<Provider> memory() noexcept { return {provider_, slots_, window_, tables_.lock()}; }
+  shadow_tables& tables() noexcept { return tables_; }
+
  private:
   bool keeps_reads(const invalidation& i) const noexcept { return i.in_place || downgrades_.contains(i.event); }
 

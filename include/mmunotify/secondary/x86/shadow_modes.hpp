@@ -55,6 +55,9 @@ struct shadow_layout {
                                          : Mode::levels == 3 ? table_format::pae
                                                              : table_format::long_mode;
 
+  /// The tables are those of a guest hypervisor, for its guest (nested_modes.hpp).
+  static constexpr bool nested = requires(const walk_context& c) { Mode::kind(c); };
+
   /// The address without what the mode ignores.
   static constexpr gva linear(gva a) noexcept { return Mode::address_bits == 32 ? gva{a.value & bit_range(0, 31)} : a; }
 
@@ -62,6 +65,8 @@ struct shadow_layout {
   static constexpr page_role root_role(const walk_context& c) noexcept {
     if constexpr (Mode::levels == 0) {
       return page_role::root({}, levels + 1, format).part_below(rights{}, true);
+    } else if constexpr (nested) {
+      return page_role::root(c, levels, format).with_nested(Mode::kind(c));
     } else {
       return page_role::root(c, levels, format);
     }
@@ -82,6 +87,14 @@ struct shadow_layout {
       }
     }
     return r;
+  }
+  /// A write would change nothing in the guest's leaf. Precondition: the walk is ok.
+  static constexpr bool dirty([[maybe_unused]] const walk_context& c, const walk_result& walk) noexcept {
+    if constexpr (nested) {
+      return Mode::dirty(c, walk.leaf());
+    } else {
+      return walk.dirty();
+    }
   }
   /// The part of its guest table that the shadow page of this level around the address covers.
   static constexpr unsigned quadrant([[maybe_unused]] gva a, [[maybe_unused]] unsigned level) noexcept {

@@ -14,6 +14,7 @@
 #include <mmunotify/config.hpp>
 #include <mmunotify/secondary/x86/backing.hpp>
 #include <mmunotify/secondary/x86/memslots.hpp>
+#include <mmunotify/secondary/x86/nested_modes.hpp>
 #include <mmunotify/secondary/x86/shadow_page.hpp>
 #include <mmunotify/secondary/x86/shadow_tables.hpp>
 
@@ -98,6 +99,7 @@ class table_check {
     require(child.parents.contains({&p, i}), "a link is missing among its page's parents");
     require(child.role.level() + 1 == p.role.level(), "a link skips a level");
     require(covers(most_below(p.role), child.role.access()), "a table grants more than the ones above it");
+    require(child.role.nested() == p.role.nested(), "a link leads from one guest's tables to another's");
     require(child.generation == p.generation, "a link leads to a page of another generation");
     require(child.role.direct() || !p.role.direct(), "an indirect page hangs below a direct one");
   }
@@ -159,6 +161,7 @@ class table_check {
       require(!tables_.index_.write_protected(frame), "a shadowed guest table is mapped writable");
       require(!slot->config().read_only, "a read-only slot is mapped writable");
     }
+    require(hardware_takes(p.role, e), "a leaf for a nested guest is none of its format");
     require(covers(most_below(p.role), e.allows()), "a leaf grants more than the tables above it");
     require(!p.role.direct() || (e.guest_user() == p.role.guest_user() && e.key() == p.role.key()),
             "a direct page's leaf differs from its role");
