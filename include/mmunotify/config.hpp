@@ -185,6 +185,9 @@ enum class mutation : int {
   stale_pdptes = 73,         ///< writes of control registers do not load the PDPTEs
   pse_not_in_role = 74,      ///< CR4.PSE is no part of a shadow page's role
   keys_of_the_fault = 75,    ///< protection keys are judged when a leaf is made and not at each access
+  prefetch_unchecked = 90,   ///< neighbours of a fault are installed without a look at the brackets
+  prefetch_unaccessed = 91,  ///< they are installed from guest entries that are not accessed yet
+  split_forgets_bits = 92,   ///< the parts of a large leaf that is split do not inherit its accessed and dirty bits
 };
 
 /// True in the build that has this one protection removed.

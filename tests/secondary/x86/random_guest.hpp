@@ -30,9 +30,9 @@ struct raw_memory {
 
 /// A guest that does anything at all to its tables, registers and memory, on a host that does the same. Each access is
 /// held against a walk made anew, and that against the rules of the manual (reference_walk.hpp).
-template <class Mode>
+template <class Mode, class Host = scripted_host>
 struct random_guest {
-  using machine = machine_of<Mode>;
+  using machine = machine_of<Mode, Mode, Host>;
   using cpu_type = typename machine::cpu_type;
   using entry = typename Mode::entry_type;
   static constexpr bool pae = Mode::top_in_registers;
@@ -57,7 +57,8 @@ struct random_guest {
   std::array<std::array<std::uint64_t, 4>, 2> pdptes{};  ///< what the registers of each vCPU hold
   std::set<std::uint64_t> was_rom;                       ///< walks through these may have left no traces
 
-  random_guest(std::uint64_t s, bool unsync) : m(slot_pages, {.unsync = unsync}), random(s) {
+  random_guest(std::uint64_t s, bool unsync) : random_guest(s, x86::mmu_options{.unsync = unsync}) {}
+  random_guest(std::uint64_t s, const x86::mmu_options& o) : m(slot_pages, o), random(s) {
     m.host.place_run(machine::host_of({run * page_size}), 21, 512);
     for (auto& cpu : cpus) CHECK(cpu.set_cr3(32 * page_size) == errc::ok);  // nothing is mapped
     for (int i = 0; i < 60; ++i) write_entry();

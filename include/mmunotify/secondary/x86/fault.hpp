@@ -41,7 +41,9 @@
 #include <mmunotify/secondary/x86/backing.hpp>
 #include <mmunotify/secondary/x86/follow.hpp>
 #include <mmunotify/secondary/x86/guest_walker.hpp>
+#include <mmunotify/secondary/x86/options.hpp>
 #include <mmunotify/secondary/x86/outcome.hpp>
+#include <mmunotify/secondary/x86/prefetch.hpp>
 #include <mmunotify/secondary/x86/shadow_modes.hpp>
 #include <mmunotify/secondary/x86/shadow_tables.hpp>
 #include <mmunotify/secondary/x86/tlb.hpp>
@@ -61,9 +63,8 @@ concept large_frame_provider = frame_provider<P> && requires(P& p, hva a) {
 template <frame_provider Provider, shadowed_modes Modes>
 class fault_path {
  public:
-  /// unsync: the guest may write lowest-level tables without being noticed, until it flushes (unsync.hpp).
-  fault_path(backing<Provider> b, shadow_tables& tables, mmu_counters& counters, bool unsync = false) noexcept
-      : backing_(b), tables_(tables), counters_(counters), unsync_(unsync) {}
+  fault_path(backing<Provider> b, shadow_tables& tables, mmu_counters& counters, const mmu_options& o = {}) noexcept
+      : backing_(b), tables_(tables), counters_(counters), unsync_(o.unsync), prefetch_(o.prefetch) {}
 
   /// Effects: one attempt to make the access possible. Returns: done (a leaf that allows it was installed), or why not.
   /// Context: the vCPU's thread, outside guest mode, without the MMU lock; may sleep; not in a callback.
@@ -136,10 +137,14 @@ class fault_path {
     }
     if (page.lease().frame.value >= shadow_entry::frame_limit) return outcome_of(errc::not_mapped, t.walk.address);
     const unsigned most = t.leaf_level() > 1 ? host_level(page) : 1;
+    neighbour_pins<Provider> around(backing_.provider, backing_.slots, backing_.window);
+    if (prefetch_ && most == 1) look_around(t, around);
     const std::lock_guard locked{tables_.lock()};
     if (tables_.released()) return {.what = outcome::released};
-    const outcome o = install_locked(t, page, most < t.leaf_level() ? most : t.leaf_level());
+    shadow_page* filled = nullptr;
+    const outcome o = install_locked(t, page, most < t.leaf_level() ? most : t.leaf_level(), filled);
     tables_.commit();
+    if (filled != nullptr) install_around_locked(t, *filled, around);
     return o;
   }
 
@@ -153,8 +158,10 @@ class fault_path {
     }
   }
 
+  /// Effects: filled is the page of level 1 that has the leaf, if it has.
   template <walked_mode Mode>
-  outcome install_locked(const attempt<Mode>& t, const pinned_frame<Provider>& page, unsigned most) noexcept {
+  outcome install_locked(const attempt<Mode>& t, const pinned_frame<Provider>& page, unsigned most,
+                         shadow_page*& filled) noexcept {
     if (!page.stands_locked(backing_)) return {.what = outcome::again};
     tables_.make_room();
     const unsigned level = leaf_level_locked(page, most);
@@ -168,7 +175,93 @@ class fault_path {
     const shadow_entry leaf = leaf_for(t.context(), t.how, t.walk, page, tracked, level).with_key(t.key());
     tables_.map(*last, shadow_index(t.a, level), aligned_to(page.frame(), level), leaf, t.v.stock);
     if (level > 1) counters_.add(mmu_counters::large);
+    if (level == 1) filled = last;
     return {};
+  }
+
+  // --- Prefetch. ----------------------------------------------------------------------------------------------------
+
+  /// Effects: pins what may be mapped beside the page, and is not.
+  template <walked_mode Mode>
+  void look_around(const attempt<Mode>& t, neighbour_pins<Provider>& around) noexcept {
+    if constexpr (prefetch_provider<Provider>) {
+      const unsigned own = shadow_index(t.a, 1), first = own & ~(prefetch_group - 1);
+      const unsigned empty = empty_around(t) & ~(1U << (own - first));
+      const gfn part = first_frame(t.walk.address, 1);
+      for (unsigned i = 0; empty >> i != 0; ++i) {
+        if ((empty >> i & 1) == 0) continue;
+        if (t.walk.end_level != 1) {
+          around.add(first + i, part + (first + i));
+          continue;
+        }
+        if constexpr (Mode::levels > 0) add_entry(t, first + i, own, around);
+      }
+    }
+  }
+
+  /// The guest's entry that many places from the walk's own may be followed without a walk.
+  template <paging_mode Mode>
+  void add_entry(const attempt<Mode>& t, unsigned index, unsigned own, neighbour_pins<Provider>& around) noexcept {
+    using word = typename Mode::entry_type;
+    constexpr bool early = detail::mutated(detail::mutation::prefetch_unaccessed);
+    constexpr std::uint64_t needed = pte::present | (early ? 0 : pte::accessed);
+    word entry = 0;
+    if (!t.tables.read_entry(place_of<Mode>(t, index, own), entry)) return;
+    if ((entry & (Mode::reserved(1, t.context().format()) | needed)) != needed) return;
+    around.add(index, frame_of(Mode::frame(entry, 1)), entry);
+  }
+  template <paging_mode Mode>
+  static gpa place_of(const attempt<Mode>& t, unsigned index, unsigned own) noexcept {
+    const gpa where = t.walk.entry(1).where;
+    return gpa{where.value - own * sizeof(typename Mode::entry_type)} + index * sizeof(typename Mode::entry_type);
+  }
+
+  /// Returns: the places around the leaf's that are empty now, as far as can be seen without the lock.
+  template <walked_mode Mode>
+  unsigned empty_around(const attempt<Mode>& t) noexcept {
+    const read_section reading{backing_.slots.domain()};  // pages keep their memory as long
+    shadow_page* p = t.v.port.root();
+    for (unsigned level = shadow_layout<Mode>::levels; p != nullptr && level > 1; --level) {
+      const shadow_entry e = p->load(shadow_index(t.a, level));
+      p = e.present() && !e.is_leaf() ? e.child() : nullptr;
+    }
+    unsigned empty = p == nullptr ? (1U << prefetch_group) - 1 : 0;
+    const unsigned first = shadow_index(t.a, 1) & ~(prefetch_group - 1);
+    for (unsigned i = 0; p != nullptr && i < prefetch_group; ++i) {
+      if (p->load(first + i) == shadow_entry{}) empty |= 1U << i;
+    }
+    return empty;
+  }
+
+  /// Effects: leaves for what stands of it, in places that are empty. Not in a table that is out of step: what its
+  /// entries say may change at any time. Context: MMU lock; no flush is due.
+  template <walked_mode Mode>
+  void install_around_locked(const attempt<Mode>& t, shadow_page& p, const neighbour_pins<Provider>& around) noexcept {
+    if (p.unsync) return;
+    const unsigned own = shadow_index(t.a, 1);
+    for (const auto& n : around.found()) {
+      const bool fits = n.lease.frame.value < shadow_entry::frame_limit && p.load(n.index) == shadow_entry{};
+      if (!fits || !around.stands_locked(n)) continue;
+      rights r = p.role.access();
+      bool user = p.role.guest_user();
+      unsigned key = p.role.key();
+      if constexpr (Mode::levels > 0) {
+        if (!p.role.direct()) {
+          if (!t.tables.unchanged_locked({place_of<Mode>(t, n.index, own), n.entry})) continue;
+          r = r & rights_in(Mode::grants(static_cast<typename Mode::entry_type>(n.entry), 1));
+          user = r.user();
+          if ((n.entry & pte::dirty) == 0) r = changed(r, 0, rights::write_bit);
+          key = Mode::has_keys ? (n.entry & pte::protection_key) >> pte::protection_key_shift : 0;
+        }
+      }
+      memslot& slot = *tables_.slots().find(n.frame);
+      if (slot.mappings(n.frame).count() + 1 >= entry_list::recycle_at) continue;
+      if (tables_.tracked(n.frame) || n.at.read_only || !n.lease.writable) r = changed(r, 0, rights::write_bit);
+      const shadow_entry leaf = shadow_entry::leaf(n.lease.frame, r, user).with_key(key);
+      const bool logs = slot.logs(dirty_tracking::write_protect);
+      tables_.map(p, n.index, n.frame, leaf.without(logs ? shadow_entry::write_bit : 0), t.v.stock);
+      counters_.add(mmu_counters::prefetched);
+    }
   }
 
   /// The level of the leaf: `most` at most, and less where slot, tables, log or brackets demand it.
@@ -291,6 +384,7 @@ class fault_path {
   shadow_tables& tables_;
   mmu_counters& counters_;
   const bool unsync_;
+  const bool prefetch_;
 };
 
 }  // namespace x86

@@ -99,6 +99,8 @@ class memslots {
     if (last != &none_) delete last;
   }
 
+  /// In whose sections snapshots stay.
+  srcu_domain& domain() const noexcept { return domain_; }
   /// Returns: the slots now. Context: inside a read section of the domain, or under the MMU lock; valid as long.
   const memslot_snapshot& current() const noexcept {
     return *current_.load(std::memory_order_acquire);  // (ms1) pairs with (ms2)

@@ -196,16 +196,17 @@ static_assert(alignof(shadow_page) == shadow_page_alignment &&
                   std::size_t{entries_per_table} * 2 <= shadow_page_alignment,
               "an entry place must fit into one word");
 
-/// What one fault can need at most under the lock: a page per level, and a chunk for each link and for the leaf.
+/// What one fault can need at most under the lock: a page per level, and a chunk for each link, for the leaf, and for
+/// its seven neighbours.
 struct fault_stock {
-  static constexpr std::size_t enough = 5;
+  static constexpr std::size_t enough = 5, enough_chunks = enough + 7;
   stock<shadow_page> pages;
   stock<rmap_chunk> chunks;
 
-  bool full() const noexcept { return pages.size() >= enough && chunks.size() >= enough; }
+  bool full() const noexcept { return pages.size() >= enough && chunks.size() >= enough_chunks; }
   errc fill() noexcept {
     const errc e = pages.fill(enough);
-    return e != errc::ok ? e : chunks.fill(enough);
+    return e != errc::ok ? e : chunks.fill(enough_chunks);
   }
 };
 

@@ -337,13 +337,14 @@ class shadow_tables {
   void restock(fault_stock& into, fault_stock& surplus) noexcept {
     constexpr std::size_t keep = 64;
     into.pages.take_from(spare_pages_, fault_stock::enough);
-    into.chunks.take_from(spare_chunks_, fault_stock::enough);
+    into.chunks.take_from(spare_chunks_, fault_stock::enough_chunks);
     if (spare_pages_.size() > keep) surplus.pages.take_from(spare_pages_, spare_pages_.size() - keep);
     if (spare_chunks_.size() > keep) surplus.chunks.take_from(spare_chunks_, spare_chunks_.size() - keep);
   }
 
  private:
   friend class table_check;
+  friend class leaf_splitter;
 
   /// Effects: the page is empty, unlinked, nobody's root, and out of the index; its memory waits for the flush.
   void zap_page(shadow_page& p) noexcept {
