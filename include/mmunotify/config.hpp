@@ -188,6 +188,7 @@ enum class mutation : int {
   prefetch_unchecked = 90,   ///< neighbours of a fault are installed without a look at the brackets
   prefetch_unaccessed = 91,  ///< they are installed from guest entries that are not accessed yet
   split_forgets_bits = 92,   ///< the parts of a large leaf that is split do not inherit its accessed and dirty bits
+  shallow_host_index = 93,   ///< the slots' host index knows how far a slot reaches, and not the ones below it
 };
 
 /// True in the build that has this one protection removed.
