@@ -117,7 +117,7 @@ TEST_CASE_TEMPLATE("a huge page of the primary is one leaf, until it splits, and
 TEST_CASE_TEMPLATE("K1: whatever the primary collapses and splits, the guest finds what it wrote", M, shadow, direct) {
   std::uint64_t large = 0;
   for (std::uint64_t round = 0; round < 4; ++round) {
-    M m{x86::mmu_options{.eager_split = round % 2 == 0}};
+    M m{x86::mmu_options{.prefetch = round / 2 == 0, .eager_split = round % 2 == 0}};
     typename M::cpu_type cpus[] = {typename M::cpu_type{m.mmu}, typename M::cpu_type{m.mmu}};
     REQUIRE(m.primary.map(m.host(0, pages), protection::read_write) == errc::ok);
     std::array<std::uint64_t, pages> expected{};
@@ -146,7 +146,7 @@ TEST_CASE_TEMPLATE("K1: whatever the primary collapses and splits, the guest fin
 }
 
 TEST_CASE_TEMPLATE("O1: vCPUs find what they wrote while the primary collapses and splits", M, shadow, direct) {
-  M m;
+  M m{x86::mmu_options{.prefetch = true}};
   REQUIRE(m.primary.map(m.host(0, pages), protection::read_write) == errc::ok);
   std::atomic<unsigned> wrong{0}, running{2};
   const auto run_cpu = [&](std::uint64_t id) {

@@ -14,6 +14,7 @@ using x86::dirty_tracking;
 
 namespace {
 constexpr gva va{0x400000};
+constexpr x86::mmu_options ahead{.prefetch = true};
 
 /// Eight pages at va lead to frames 8 to 15; their entries have these bits.
 template <class Mode = x86::long_mode_4>
@@ -22,7 +23,7 @@ struct fixture : machine_of<Mode, Mode, prefetching_host> {
   using base::host, base::mmu, base::map, base::root, base::host_of;
   typename base::cpu_type cpu{mmu};
 
-  explicit fixture(std::uint64_t bits = rwu | used, const x86::mmu_options& o = {}) : base(base::pages, o) {
+  explicit fixture(std::uint64_t bits = rwu | used, const x86::mmu_options& o = ahead) : base(base::pages, o) {
     if constexpr (Mode::levels > 0) {
       for (std::uint64_t i = 0; i < 8; ++i) map(page(i), frame(i), bits);
     }
@@ -215,8 +216,8 @@ TEST_CASE("tables of 4-byte entries and of PAE have neighbours as well, in every
   run(std::type_identity<x86::pae>{});
 }
 
-TEST_CASE("an owner may do without") {
-  fixture<> f(rwu | used, {.prefetch = false});
+TEST_CASE("nobody is asked for a page ahead unless the owner wants it") {
+  fixture<> f(rwu | used, x86::mmu_options{});
   f.host.during_try = [](hva) { FAIL("nobody may be asked"); };
   REQUIRE(f.cpu.prefault(f.page(3), access::read).what == outcome::done);
   CHECK(f.there() == some{3});
@@ -228,7 +229,7 @@ TEST_CASE("random guests on a host that can be asked see what a walk made anew s
   const auto run = [&](auto identity) {
     using guest = random_guest<typename decltype(identity)::type, prefetching_host>;
     for (std::uint64_t round = 0; round < 8; ++round) {
-      guest g(seed() + round, round % 2 == 1);
+      guest g(seed() + round, {.unsync = round % 2 == 1, .prefetch = true});
       for (int i = 0; i < 2000; ++i) {
         if (g.chance(30)) {
           g.m.host.during_try = [&](hva) {
@@ -261,7 +262,7 @@ struct direct_fixture {
   direct_type mmu;
   x86::direct_vcpu<direct_type> cpu{mmu};
 
-  explicit direct_fixture(const x86::mmu_options& o = {}) : mmu(host, o) {
+  explicit direct_fixture(const x86::mmu_options& o = ahead) : mmu(host, o) {
     for (std::uint64_t i = 0; i < 64; ++i) host.place(ram_base + i * page_size);
     CHECK(mmu.add_slot({.id = 1, .base = {0}, .pages = 14, .host = ram_base}) == errc::ok);
   }
@@ -298,7 +299,7 @@ TEST_CASE_TEMPLATE("a direct MMU fills the eight places around a fault, as far a
   }
   CHECK(m.mmu.statistics().faults == 1);
   m.check();
-  direct_fixture<F> without({.prefetch = false});
+  direct_fixture<F> without{x86::mmu_options{}};
   REQUIRE(without.cpu.prefault({9 * page_size}, access::read).what == outcome::done);
   CHECK(without.there() == some{9});
 }

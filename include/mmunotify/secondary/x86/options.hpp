@@ -22,8 +22,9 @@ struct mmu_options {
   /// each write to one comes back as outcome::write_tracked. Of a shadow_mmu.
   bool unsync = false;
   /// A fault fills the empty places beside its own as well: see prefetch.hpp. Means something where the provider can
-  /// be asked without waiting.
-  bool prefetch = true;
+  /// be asked without waiting. Halves the cost of pages that are touched in order, and triples that of one in eight
+  /// (bench/README.md); the exit from the guest, which it saves, is not counted in that.
+  bool prefetch = false;
   /// When a log of writes begins, large leaves are split at once, not zapped and faulted in again by 4 KiB: see
   /// split.hpp.
   bool eager_split = false;

@@ -27,8 +27,8 @@
 MMUNOTIFY_BEGIN_NAMESPACE
 namespace x86 {
 
-/// Large leaves that are split under one hold of the lock.
-inline constexpr std::size_t split_batch = 8;
+/// Large leaves that are split under one hold of the lock, 512 entries each.
+inline constexpr std::size_t split_batch = 2;
 
 /// The bits of a large leaf of this level, as those of its nth part: the same frames, the same bits.
 constexpr std::uint64_t part_of(std::uint64_t leaf, unsigned level, unsigned n) noexcept {
