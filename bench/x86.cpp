@@ -223,15 +223,14 @@ void add_slots(std::uint64_t slots) {
         .id = static_cast<unsigned>(i), .base = {8 * i}, .pages = 8, .host = flat_host::first + 8 * i * page_size};
     if (mmu->add_slot(c) != errc::ok) std::abort();
   }
-  add(
-      "slots/bracket over a page of one of " + std::to_string(slots), 64, nothing, [=] {
-        for (std::uint64_t i = 0; i < 64; ++i) {
-          const invalidation one{.range = guest::host_range(8 * (i * 977 % slots), 1)};
-          mmu->invalidate_range_start(one);
-          mmu->invalidate_range_end(one);
-        }
-        return host != nullptr;
-      });
+  add("slots/bracket over a page of one of " + std::to_string(slots), 64, nothing, [=] {
+    for (std::uint64_t i = 0; i < 64; ++i) {
+      const invalidation one{.range = guest::host_range(8 * (i * 977 % slots), 1)};
+      mmu->invalidate_range_start(one);
+      mmu->invalidate_range_end(one);
+    }
+    return host != nullptr;
+  });
 }
 
 /// A log begins over 16 leaves of 2 MiB, and the guest writes to pages of one of them.
@@ -242,8 +241,8 @@ void add_splits(bool eager) {
   const auto all_large = [=] { return log(x86::dirty_tracking::off) && g->fault_all(0, 16, 512); };
   add("log/beginning" + how, 1, all_large, [=] { return log(x86::dirty_tracking::write_protect); });
   add(
-      "log/first write to a page" + how, 512,
-      [=] { return all_large() && log(x86::dirty_tracking::write_protect); }, [=] { return g->touch_all(512, 512); });
+      "log/first write to a page" + how, 512, [=] { return all_large() && log(x86::dirty_tracking::write_protect); },
+      [=] { return g->touch_all(512, 512); });
 }
 
 void add_zaps(const std::shared_ptr<guest>& g, const std::shared_ptr<guest>& large) {

@@ -157,11 +157,12 @@ TEST_CASE_TEMPLATE("O1: vCPUs find what they wrote while the primary collapses a
       const std::uint64_t f = random() % pages;
       const bool write = random() % 2 == 0;
       bool bad = false;
-      const outcome o = cpu.access(M::page(f) + 8 * id, write ? access::write : access::read, [&](std::byte* at) noexcept {
-        std::atomic_ref<std::uint64_t> word(*reinterpret_cast<std::uint64_t*>(at));
-        bad = word.load(std::memory_order_relaxed) != expected[f];
-        if (write) word.store(expected[f] + 1, std::memory_order_relaxed);
-      });
+      const outcome o =
+          cpu.access(M::page(f) + 8 * id, write ? access::write : access::read, [&](std::byte* at) noexcept {
+            std::atomic_ref<std::uint64_t> word(*reinterpret_cast<std::uint64_t*>(at));
+            bad = word.load(std::memory_order_relaxed) != expected[f];
+            if (write) word.store(expected[f] + 1, std::memory_order_relaxed);
+          });
       if (bad || o.what != outcome::done) wrong.fetch_add(1);
       expected[f] += write ? 1 : 0;
     }

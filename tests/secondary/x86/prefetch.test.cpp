@@ -206,7 +206,8 @@ TEST_CASE("tables of 4-byte entries and of PAE have neighbours as well, in every
       CHECK(f.prefetched() - before == 7);
       const auto faults = f.mmu.statistics().faults;
       for (std::uint64_t i = 0; i < 8; ++i) {
-        CHECK(touch(f.cpu, gva{start} + i * page_size, access::write).at == f.host.bytes(ram_base + (16 + i) * page_size));
+        CHECK(touch(f.cpu, gva{start} + i * page_size, access::write).at ==
+              f.host.bytes(ram_base + (16 + i) * page_size));
       }
       CHECK(f.mmu.statistics().faults == faults);
       f.check();
@@ -304,7 +305,8 @@ TEST_CASE_TEMPLATE("a direct MMU fills the eight places around a fault, as far a
   CHECK(without.there() == some{9});
 }
 
-TEST_CASE_TEMPLATE("K1: no neighbour is installed over a bracket, open or finished since, by a direct MMU", F, FORMATS) {
+TEST_CASE_TEMPLATE("K1: no neighbour is installed over a bracket, open or finished since, by a direct MMU", F,
+                   FORMATS) {
   direct_fixture<F> m;
   m.host.during_try = [&](hva a) {
     if (a != ram_base + 7 * page_size) return;

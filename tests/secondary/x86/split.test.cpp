@@ -99,8 +99,8 @@ TEST_CASE("a write through what a vCPU cached of the large leaf is in the log: i
 
 TEST_CASE("the parts have the rights of the whole, and what the guest may not do it may not do") {
   fixture f;
-  f.map(f.at + 1024 * page_size, f.base, pte::present | pte::user | used, 2);          // read-only in the guest
-  f.map(f.at + 1536 * page_size, f.base + 512 * page_size, rwu | pte::accessed, 2);    // not dirty yet
+  f.map(f.at + 1024 * page_size, f.base, pte::present | pte::user | used, 2);        // read-only in the guest
+  f.map(f.at + 1536 * page_size, f.base + 512 * page_size, rwu | pte::accessed, 2);  // not dirty yet
   REQUIRE(touch(f.cpu, f.page(1024), access::read).result.what == outcome::done);
   REQUIRE(touch(f.cpu, f.page(1536), access::read).result.what == outcome::done);
   const gpa entry = f.entry_at(f.page(1536), 2, f.root);

@@ -79,8 +79,8 @@ class accessed_memory {
     return lease;
   }
 
-  /// Effects: takes one reference of a page that is there, for reading, and changes nothing: it faults nothing in, waits
-  /// for nobody, and the page is not young for it. Returns: as pin(). Errors: again (it is not there, or somebody
+  /// Effects: takes one reference of a page that is there, for reading, and changes nothing: it faults nothing in,
+  /// waits for nobody, and the page is not young for it. Returns: as pin(). Errors: again (it is not there, or somebody
   /// changes it or the areas); bad_range, not_mapped, access_denied, released, would_deadlock. Progress: lock-free.
   frame_lease try_pin(hva a) noexcept {
     const tables_lock::try_shared in{lock_};

@@ -130,8 +130,7 @@ class direct_fault_path {
       }
       const pfn frame{page.lease.frame.value - (page.frame - aligned_to(page.frame, level))};
       const std::uint64_t used = Format::accessed_bit | (page.write ? Format::dirty_bit : 0);
-      std::uint64_t leaf =
-          (Format::leaf(frame, page.writable(), level) | used) & ~(withheld ? Format::write_bit : 0);
+      std::uint64_t leaf = (Format::leaf(frame, page.writable(), level) | used) & ~(withheld ? Format::write_bit : 0);
       if (Format::present(seen)) leaf |= seen & kept;
       // (dt1) release pairs with (dt2).
       if (place.entry->compare_exchange_strong(seen, leaf, std::memory_order_release, std::memory_order_relaxed)) break;

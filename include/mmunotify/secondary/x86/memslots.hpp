@@ -16,8 +16,8 @@
 // fault can install through a slot that is going: faults look their slots up again under that lock.
 //
 // Lock order: the writers' mutex, then the MMU lock. Never in a callback, never inside a read section of the domain.
-// Cost: lookup by frame is a binary search, by host range one of an interval tree (host_index.hpp); an update copies the
-// list of slots.
+// Cost: lookup by frame is a binary search, by host range one of an interval tree (host_index.hpp); an update copies
+// the list of slots.
 
 #include <algorithm>
 #include <atomic>

@@ -49,9 +49,9 @@ template <frame_provider Provider>
 class neighbour_pins {
  public:
   struct neighbour {
-    unsigned index = 0;         ///< in the table
+    unsigned index = 0;  ///< in the table
     gfn frame{};
-    std::uint64_t entry = 0;    ///< the guest's, if there is one
+    std::uint64_t entry = 0;  ///< the guest's, if there is one
     host_page at{};
     frame_lease lease{};
   };

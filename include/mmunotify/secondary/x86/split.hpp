@@ -108,7 +108,7 @@ class leaf_splitter {
     }
     const gfn frame = p.frame + n * frames_at(level);
     if (slot.mappings(frame, level).count() + 1 >= entry_list::recycle_at) return;  // its own fault will see to it
-    tables_.drop(p, n);  // what it remembers of MMIO
+    tables_.drop(p, n);                                                             // what it remembers of MMIO
     slot.add_mapping(frame, level, {&p, n}, from.chunks);
     p.leaf_frames[n].store(frame.value, std::memory_order_relaxed);
     ++p.present;
