@@ -46,7 +46,7 @@ void run(byte_dice dice, const x86::mmu_options& o, tally& seen) {
   for (int i = 0; i < 2000 && !g.random.empty(); ++i) {
     if (o.prefetch && g.chance(20)) {
       g.m.host.during_try = [&](hva) {
-        if (g.chance(30)) g.host_changes(g.some_frame());
+        if (!g.random.empty() && g.chance(30)) g.host_changes(g.some_frame());  // else no fault would ever end
       };
     }
     g.step();
