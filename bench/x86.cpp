@@ -393,7 +393,7 @@ int main(int argc, char** argv) {
   add_switches(g);
   add_logs(std::make_shared<guest>(8192));
   for (const bool eager : {false, true}) add_splits(eager);
-  for (const std::uint64_t slots : {1U, 512U, 32768U}) add_slots(slots);
+  for (const std::uint64_t slots : {1U, 512U, 8192U}) add_slots(slots);
   for (const std::uint64_t mapped : {1000U, 10000U, 100000U, 1000000U}) add_growth(mapped);
   const int status = ratios::run(argc, argv);
   ratios::print_goals(goals);

@@ -118,8 +118,9 @@ class shadow_mmu {
   // --- What the guest writes. Context: as for slots. ----------------------------------------------------------------
 
   /// Effects: writes to the slot are logged from now on, in this way, or no longer (dirty_log.hpp); ring: places of the
-  /// ring, for a log by write protection; 0: none. Errors: not_registered (no such slot), bad_range (a ring for another
-  /// log), no_memory; nothing is changed then.
+  /// ring, for a log by write protection; 0: none. With mmu_options::eager_split, large leaves are split before that.
+  /// Errors: not_registered (no such slot), bad_range (a ring for another log), no_memory; nothing is changed then, but
+  /// for what was split.
   errc log_writes(unsigned id, dirty_tracking how, std::uint64_t ring = 0) noexcept {
     if (ring != 0 && how != dirty_tracking::write_protect) return errc::bad_range;
     if (eager_split_ && how != dirty_tracking::off) split_large(id);
