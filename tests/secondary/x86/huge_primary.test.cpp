@@ -145,8 +145,9 @@ TEST_CASE_TEMPLATE("K1: whatever the primary collapses and splits, the guest fin
   CHECK(large > 10);
 }
 
-TEST_CASE_TEMPLATE("O1: vCPUs find what they wrote while the primary collapses and splits", M, shadow, direct) {
-  M m{x86::mmu_options{.prefetch = true}};
+TEST_CASE_TEMPLATE("O1: vCPUs find what they wrote while the primary collapses and splits, and logs begin", M, shadow,
+                   direct) {
+  M m{x86::mmu_options{.prefetch = true, .eager_split = true}};
   REQUIRE(m.primary.map(m.host(0, pages), protection::read_write) == errc::ok);
   std::atomic<unsigned> wrong{0}, running{2};
   const auto run_cpu = [&](std::uint64_t id) {
@@ -168,7 +169,17 @@ TEST_CASE_TEMPLATE("O1: vCPUs find what they wrote while the primary collapses a
     }
     running.fetch_sub(1);
   };
-  std::thread first(run_cpu, 0), second(run_cpu, 1);
+  const auto run_owner = [&] {
+    std::mt19937_64 random(seed() + 5);
+    std::array<std::uint64_t, pages / 64> words{};
+    while (running.load() != 0) {
+      static_cast<void>(m.mmu.log_writes(1, static_cast<x86::dirty_tracking>(random() % 3)));
+      for (int i = 0; i < 20; ++i) std::this_thread::yield();
+      static_cast<void>(m.mmu.harvest_writes(1, words));
+      if (m.mmu.verify() != nullptr) wrong.fetch_add(1);
+    }
+  };
+  std::thread first(run_cpu, 0), second(run_cpu, 1), owner(run_owner);
   std::mt19937_64 random(seed() + 9);
   while (running.load() != 0) {
     const std::uint64_t n = random() % pages;
@@ -183,6 +194,7 @@ TEST_CASE_TEMPLATE("O1: vCPUs find what they wrote while the primary collapses a
   }
   first.join();
   second.join();
+  owner.join();
   CHECK(wrong.load() == 0);
   CHECK(m.primary.statistics().stale_writes == 0);
   CHECK(m.broken() == "");
