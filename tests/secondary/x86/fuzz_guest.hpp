@@ -44,9 +44,11 @@ template <class Mode>
 void run(byte_dice dice, const x86::mmu_options& o, tally& seen) {
   random_guest<Mode, prefetching_host, byte_dice> g(dice, o);
   for (int i = 0; i < 2000 && !g.random.empty(); ++i) {
-    if (o.prefetch && g.chance(20)) {
-      g.m.host.during_try = [&](hva) {
-        if (!g.random.empty() && g.chance(30)) g.host_changes(g.some_frame());  // else no fault would ever end
+    // While neighbours are looked up the host changes one of them, or any page. (With no bytes left, no fault would end.)
+    if (o.prefetch && g.chance(30)) {
+      g.m.host.during_try = [&g, last = std::uint64_t{0}](hva a) mutable {
+        if (!g.random.empty() && g.chance(30)) g.host_changes(last != 0 && g.chance(70) ? last : g.some_frame());
+        last = (a - ram_base) >> page_shift;
       };
     }
     g.step();
