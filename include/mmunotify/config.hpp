@@ -189,6 +189,8 @@ enum class mutation : int {
   prefetch_unaccessed = 91,  ///< they are installed from guest entries that are not accessed yet
   split_forgets_bits = 92,   ///< the parts of a large leaf that is split do not inherit its accessed and dirty bits
   shallow_host_index = 93,   ///< the slots' host index knows how far a slot reaches, and not the ones below it
+  nx_huge_fetched = 94,      ///< large leaves may be executed although the owner forbids it
+  nx_huge_undone = 95,       ///< the next read or write makes a leaf large again that a fetch has made small
 };
 
 /// True in the build that has this one protection removed.

@@ -42,9 +42,7 @@ struct fixture {
 
 TEST_CASE_TEMPLATE("two vCPUs fault on a page at the same time: what the faster one may, both may", F, FORMATS) {
   fixture<F> m;
-  m.host.during_pin = [&](hva, bool) {
-    CHECK(m.other.prefault(m.page(5), access::write).what == outcome::done);
-  };
+  m.host.during_pin = [&](hva, bool) { CHECK(m.other.prefault(m.page(5), access::write).what == outcome::done); };
   CHECK(m.cpu.prefault(m.page(5), access::read).what == outcome::done);
   CHECK(m.cpu.hits(m.page(5), access::write));  // the reader's leaf has not taken it away
   CHECK(m.other.hits(m.page(5), access::write));
@@ -88,8 +86,10 @@ TEST_CASE_TEMPLATE("a large leaf that is in the way of a small one goes, and the
 
 TEST_CASE_TEMPLATE("what cannot be mapped says why, and leaves nothing", F, FORMATS) {
   fixture<F> m;
-  for (const auto& [e, what] : {std::pair{errc::not_mapped, outcome::not_mapped}, {errc::no_memory, outcome::no_memory},
-                                {errc::released, outcome::released}, {errc::again, outcome::again}}) {
+  for (const auto& [e, what] : {std::pair{errc::not_mapped, outcome::not_mapped},
+                                {errc::no_memory, outcome::no_memory},
+                                {errc::released, outcome::released},
+                                {errc::again, outcome::again}}) {
     m.host.refuses[(ram_base + 7 * page_size).value] = e;
     CHECK(m.cpu.prefault(m.page(7), access::read).what == what);
   }

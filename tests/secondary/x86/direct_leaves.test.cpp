@@ -65,8 +65,8 @@ TEST_CASE_TEMPLATE("what takes something away asks for one flush, and what takes
   CHECK(f.counters.read().zapped == 2);
 }
 
-TEST_CASE_TEMPLATE("a frame is replaced where the change says, bits stay, and slots beyond all tables are left alone", F,
-                   FORMATS) {
+TEST_CASE_TEMPLATE("a frame is replaced where the change says, bits stay, and slots beyond all tables are left alone",
+                   F, FORMATS) {
   fixture<F> f;
   f.put(3, 1, F::accessed_bit);
   const auto host = static_cast<std::uintptr_t>((ram_base + 3 * page_size).value);

@@ -44,7 +44,8 @@ template <class Mode>
 void run(byte_dice dice, const x86::mmu_options& o, tally& seen) {
   random_guest<Mode, prefetching_host, byte_dice> g(dice, o);
   for (int i = 0; i < 2000 && !g.random.empty(); ++i) {
-    // While neighbours are looked up the host changes one of them, or any page. (With no bytes left, no fault would end.)
+    // While neighbours are looked up the host changes one of them, or any page. (With no bytes left, no fault would
+    // end.)
     if (o.prefetch && g.chance(30)) {
       g.m.host.during_try = [&g, last = std::uint64_t{0}](hva a) mutable {
         if (!g.random.empty() && g.chance(30)) g.host_changes(last != 0 && g.chance(70) ? last : g.some_frame());
@@ -73,7 +74,8 @@ inline void try_bytes(std::span<const std::uint8_t> bytes, tally& seen) {
   const x86::mmu_options o{.max_pages = (how & 8) != 0 ? 24U : 4096U,
                            .unsync = (how & 1) != 0,
                            .prefetch = (how & 2) != 0,
-                           .eager_split = (how & 4) != 0};
+                           .eager_split = (how & 4) != 0,
+                           .nx_huge = (how & 16) != 0};
   const byte_dice dice(bytes.subspan(2));
   switch (bytes[0] % 5) {
     case 0: return run<x86::no_paging>(dice, o, seen);

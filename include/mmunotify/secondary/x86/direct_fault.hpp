@@ -22,7 +22,6 @@
 #include <mmunotify/secondary/x86/backing.hpp>
 #include <mmunotify/secondary/x86/direct_leaves.hpp>
 #include <mmunotify/secondary/x86/direct_tables.hpp>
-#include <mmunotify/secondary/x86/fault.hpp>
 #include <mmunotify/secondary/x86/memslots.hpp>
 #include <mmunotify/secondary/x86/options.hpp>
 #include <mmunotify/secondary/x86/outcome.hpp>
@@ -41,10 +40,11 @@ class direct_fault_path {
         window_(window),
         leaves_(leaves),
         counters_(counters),
-        prefetch_(o.prefetch) {}
+        prefetch_(o.prefetch),
+        nx_huge_(o.nx_huge) {}
 
   /// Effects: one attempt to make the access possible. Context: a vCPU's thread, outside guest mode; may sleep.
-  outcome fault(table_stock& stock, gpa a, bool write) noexcept {
+  outcome fault(table_stock& stock, gpa a, bool write, bool fetch = false) noexcept {
     counters_.add(mmu_counters::faults);
     if (leaves_.released()) return {.what = outcome::released};
     if (leaves_.restock(stock) != errc::ok) return {.what = outcome::no_memory};
@@ -56,7 +56,7 @@ class direct_fault_path {
     if (!lease) return outcome_of(lease.error, a);
     const outcome o = lease.frame.value >= leaves_.frame_limit || (write && !lease.writable)
                           ? outcome{outcome::not_mapped, {}, a}
-                          : install({f, write, since, at, lease}, stock);
+                          : install({f, write, fetch, since, at, lease}, stock);
     provider_.unpin(lease.frame);
     if (o.what == outcome::again) counters_.add(mmu_counters::retries);
     return o;
@@ -68,6 +68,7 @@ class direct_fault_path {
   struct looked_up {
     gfn frame;
     bool write;
+    bool fetch;
     mmu_window::snapshot since;
     host_page at;
     frame_lease lease;
@@ -75,17 +76,10 @@ class direct_fault_path {
     bool writable() const noexcept { return !at.read_only && lease.writable; }
   };
 
-  unsigned host_level(const host_page& at) noexcept {
-    if constexpr (large_frame_provider<Provider>) {
-      const unsigned shift = provider_.mapping_shift(at.address);
-      return shift < 21 ? 1 : shift < 30 ? 2 : 3;
-    } else {
-      return 1;
-    }
-  }
-
   outcome install(const looked_up& page, table_stock& stock) noexcept {
-    unsigned level = host_level(page.at);
+    unsigned level = host_level(provider_, page.at);
+    const bool executes = nx_huge_ && page.fetch && level > 1 && !detail::mutated(detail::mutation::nx_huge_fetched);
+    if (executes) level = 1;
     neighbour_pins<Provider> around(provider_, slots_, window_);
     if (prefetch_ && level == 1) look_around(page.frame, around);
     {
@@ -97,6 +91,7 @@ class direct_fault_path {
       while (level > 1 && !fits(slot, page, level)) --level;
       if (put(slot, page, level, stock)) {
         put_around(around);
+        if (executes) note_executed(page.frame);
         return {};
       }
     }
@@ -131,6 +126,9 @@ class direct_fault_path {
       const pfn frame{page.lease.frame.value - (page.frame - aligned_to(page.frame, level))};
       const std::uint64_t used = Format::accessed_bit | (page.write ? Format::dirty_bit : 0);
       std::uint64_t leaf = (Format::leaf(frame, page.writable(), level) | used) & ~(withheld ? Format::write_bit : 0);
+      if (level > 1 && nx_huge_ && !detail::mutated(detail::mutation::nx_huge_fetched)) {
+        leaf = not_executable<Format>(leaf);
+      }
       if (Format::present(seen)) leaf |= seen & kept;
       // (dt1) release pairs with (dt2).
       if (place.entry->compare_exchange_strong(seen, leaf, std::memory_order_release, std::memory_order_relaxed)) break;
@@ -139,6 +137,13 @@ class direct_fault_path {
     if (level > 1) counters_.add(mmu_counters::large);
     if (page.writable() && !withheld && slot.logs(dirty_tracking::write_protect)) slot.mark_dirty(page.frame);
     return true;
+  }
+
+  /// Effects: the table of the frame counts as one that is executed from. Context: the lock, shared.
+  void note_executed(gfn f) noexcept {
+    if (const auto at = leaves_.tree().find(f, 2); at.level == 2 && !Format::maps(at.value, 2)) {
+      at.entry->fetch_or(direct_executed_bit, std::memory_order_relaxed);
+    }
   }
 
   // --- Prefetch. ----------------------------------------------------------------------------------------------------
@@ -182,6 +187,7 @@ class direct_fault_path {
   direct_leaves<Format>& leaves_;
   mmu_counters& counters_;
   const bool prefetch_;
+  const bool nx_huge_;
 };
 
 }  // namespace x86

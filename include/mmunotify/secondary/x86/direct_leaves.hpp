@@ -30,6 +30,27 @@
 MMUNOTIFY_BEGIN_NAMESPACE
 namespace x86 {
 
+/// Of a link: what is below could be one large leaf, but for the guest's fetches from it. Hardware ignores the bit.
+inline constexpr std::uint64_t direct_executed_bit = bit(58);
+
+/// Whether instructions may be fetched through an entry of the format, and the entry without that.
+template <direct_format Format>
+constexpr bool executable(std::uint64_t e) noexcept {
+  if constexpr (requires { Format::execute_bit; }) {
+    return (e & Format::execute_bit) != 0;
+  } else {
+    return (e & pte::no_execute) == 0;
+  }
+}
+template <direct_format Format>
+constexpr std::uint64_t not_executable(std::uint64_t e) noexcept {
+  if constexpr (requires { Format::execute_bit; }) {
+    return e & ~Format::execute_bit;
+  } else {
+    return e | pte::no_execute;
+  }
+}
+
 template <direct_format Format>
 class direct_leaves {
  public:
@@ -151,6 +172,23 @@ class direct_leaves {
       }
     }
     return false;
+  }
+
+  /// Effects: up to n tables of the slot that the guest has executed from go. Returns: how many.
+  std::size_t zap_executed(memslot& s, std::size_t n) noexcept {
+    std::size_t count = 0;
+    for (std::uint64_t done = 0; done < s.config().pages && count < n;) {
+      const gfn f = s.config().base + done;
+      if (f.value >= tables::frame_limit) break;
+      const auto at = tables_.find(f, 2);
+      const gfn next = aligned_to(f, at.level) + frames_at(at.level);
+      if (at.level == 2 && Format::present(at.value) && (at.value & direct_executed_bit) != 0) {
+        zap(s, f, next < s.config().end() ? next : s.config().end());
+        ++count;
+      }
+      done = next - s.config().base;
+    }
+    return count;
   }
 
   void request_flush() noexcept { flush_due_ = true; }

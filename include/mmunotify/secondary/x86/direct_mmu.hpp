@@ -148,6 +148,15 @@ class direct_mmu {
     leaves_.set_released(false);
   }
 
+  /// As that of shadow_mmu.
+  std::size_t recover_large(std::size_t n) noexcept {
+    const std::lock_guard locked{lock()};
+    std::size_t done = 0;
+    for (memslot* s : slots_.current().slots()) done += leaves_.zap_executed(*s, n - done);
+    leaves_.commit();
+    return done;
+  }
+
   /// Returns: the first broken invariant, or nullptr. Progress: blocking; looks at everything.
   const char* verify() noexcept {
     const std::lock_guard locked{lock()};
@@ -170,7 +179,9 @@ class direct_mmu {
   /// Context: a section of the gate's domain.
   typename direct_tables<Format>::place find(gfn f) noexcept { return leaves_.tree().find(f); }
   /// See direct_fault_path::fault.
-  outcome fault(table_stock& stock, gpa a, bool write) noexcept { return faults_.fault(stock, a, write); }
+  outcome fault(table_stock& stock, gpa a, bool write, bool fetch = false) noexcept {
+    return faults_.fault(stock, a, write, fetch);
+  }
 
  private:
   bool keeps_reads(const invalidation& i) const noexcept { return i.in_place || downgrades_.contains(i.event); }

@@ -228,6 +228,15 @@ class shadow_mmu {
     }
   }
 
+  /// Effects: up to n tables that are there because the guest has executed parts of large leaves go; the next fault
+  /// decides anew (mmu_options::nx_huge). For the owner to do now and then, a few at a time. Returns: how many.
+  std::size_t recover_large(std::size_t n) noexcept {
+    const std::lock_guard locked{tables_.lock()};
+    const std::size_t done = tables_.zap_executed(n);
+    tables_.commit();
+    return done;
+  }
+
   /// Returns: the first broken invariant, or nullptr. Progress: blocking; looks at everything. Context: as the hooks.
   const char* verify() noexcept {
     const std::lock_guard locked{tables_.lock()};

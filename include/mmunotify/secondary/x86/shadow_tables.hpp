@@ -90,11 +90,7 @@ class shadow_tables {
       return *known;
     }
     shadow_page& p = from.pages.pop();
-    p.frame = frame;
-    p.role = role;
-    p.registers = registers;
-    p.unheard_writes = 0;
-    p.generation = generation_;
+    p.begin(frame, role, generation_, registers);
     index_.insert(p);
     if (role.has_table()) {
       if (memslot* const s = slots().find(frame); s != nullptr) {
@@ -271,6 +267,15 @@ class shadow_tables {
       zap_page(*index_.oldest());
     }
     return true;
+  }
+
+  /// Effects: up to n pages whose place a large leaf could take go, oldest first. Returns: how many.
+  std::size_t zap_executed(std::size_t n) noexcept {
+    const std::size_t before = index_.size();
+    index_.for_each([&](shadow_page& p) {
+      if (p.executed && before - index_.size() < n) zap_page(p);
+    });
+    return before - index_.size();
   }
 
   /// Effects: no entry remembers MMIO. For the generation that an old entry would be taken for one of.

@@ -88,11 +88,7 @@ class leaf_splitter {
       return *known;
     }
     shadow_page& p = from.pages.pop();
-    p.frame = first;
-    p.role = role;
-    p.registers = {};
-    p.unheard_writes = 0;
-    p.generation = tables_.generation_;
+    p.begin(first, role, tables_.generation_);
     tables_.index_.insert(p);
     return p;
   }
