@@ -58,12 +58,7 @@ template <frame_provider Provider, shadowed_modes Modes>
 class fault_path {
  public:
   fault_path(backing<Provider> b, shadow_tables& tables, mmu_counters& counters, const mmu_options& o = {}) noexcept
-      : backing_(b),
-        tables_(tables),
-        counters_(counters),
-        unsync_(o.unsync),
-        prefetch_(o.prefetch),
-        nx_huge_(o.nx_huge) {}
+      : backing_(b), tables_(tables), counters_(counters), options_(o) {}
 
   /// Effects: one attempt to make the access possible. Returns: done (a leaf that allows it was installed), or why not.
   /// Context: the vCPU's thread, outside guest mode, without the MMU lock; may sleep; not in a callback.
@@ -137,16 +132,17 @@ class fault_path {
     }
     if (page.lease().frame.value >= shadow_entry::frame_limit) return outcome_of(errc::not_mapped, t.walk.address);
     unsigned most = t.leaf_level() > 1 ? host_level(backing_.provider, page.at()) : 1;
-    t.executes = nx_huge_ && is_fetch(t.how) && most > 1 && !detail::mutated(detail::mutation::nx_huge_fetched);
+    t.executes = options_.nx_huge && is_fetch(t.how) && most > 1 && !detail::mutated(detail::mutation::nx_huge_fetched);
     if (t.executes) most = 1;
     neighbour_pins<Provider> around(backing_.provider, backing_.slots, backing_.window);
-    if (prefetch_ && most == 1) look_around(t, around);
+    table_prefetch<Provider> prefetch(backing_, tables_, counters_);
+    if (options_.prefetch && most == 1) prefetch.template look_around<Mode>(t, around);
     const std::lock_guard locked{tables_.lock()};
     if (tables_.released()) return {.what = outcome::released};
     shadow_page* filled = nullptr;
     const outcome o = install_locked(t, page, most < t.leaf_level() ? most : t.leaf_level(), filled);
     tables_.commit();
-    if (filled != nullptr) install_around_locked(t, *filled, around);
+    if (filled != nullptr) prefetch.template install_locked<Mode>(t, *filled, around);
     return o;
   }
 
@@ -163,7 +159,7 @@ class fault_path {
     }
     if (last == nullptr) return {.what = outcome::again};
     bool tracked = tables_.tracked(page.frame());
-    if (tracked && is_write(t.how) && unsync_ && tables_.try_unsync(page.frame())) tracked = false;
+    if (tracked && is_write(t.how) && options_.unsync && tables_.try_unsync(page.frame())) tracked = false;
     if (tracked && is_write(t.how)) return {.what = outcome::write_tracked, .address = t.walk.address};
     // A table in the large frame may have been shadowed on the way down, as one of this walk's own.
     if (level > 1 && leaf_level_locked(page, level) != level) return {.what = outcome::again};
@@ -172,91 +168,6 @@ class fault_path {
     if (level > 1) counters_.add(mmu_counters::large);
     if (level == 1) filled = last;
     return {};
-  }
-
-  // --- Prefetch. ----------------------------------------------------------------------------------------------------
-
-  /// Effects: pins what may be mapped beside the page, and is not.
-  template <walked_mode Mode>
-  void look_around(const attempt<Mode>& t, neighbour_pins<Provider>& around) noexcept {
-    if constexpr (prefetch_provider<Provider>) {
-      const unsigned own = shadow_index(t.a, 1), first = own & ~(prefetch_group - 1);
-      const unsigned empty = empty_around(t) & ~(1U << (own - first));
-      const gfn part = first_frame(t.walk.address, 1);
-      for (unsigned i = 0; empty >> i != 0; ++i) {
-        if ((empty >> i & 1) == 0) continue;
-        if (t.walk.end_level != 1) {
-          around.add(first + i, part + (first + i));
-          continue;
-        }
-        if constexpr (Mode::levels > 0) add_entry(t, first + i, own, around);
-      }
-    }
-  }
-
-  /// The guest's entry that many places from the walk's own may be followed without a walk.
-  template <paging_mode Mode>
-  void add_entry(const attempt<Mode>& t, unsigned index, unsigned own, neighbour_pins<Provider>& around) noexcept {
-    using word = typename Mode::entry_type;
-    constexpr bool early = detail::mutated(detail::mutation::prefetch_unaccessed);
-    constexpr std::uint64_t needed = pte::present | (early ? 0 : pte::accessed);
-    word entry = 0;
-    if (!t.tables.read_entry(place_of<Mode>(t, index, own), entry)) return;
-    if ((entry & (Mode::reserved(1, t.context().format()) | needed)) != needed) return;
-    around.add(index, frame_of(Mode::frame(entry, 1)), entry);
-  }
-  template <paging_mode Mode>
-  static gpa place_of(const attempt<Mode>& t, unsigned index, unsigned own) noexcept {
-    const gpa where = t.walk.entry(1).where;
-    return gpa{where.value - own * sizeof(typename Mode::entry_type)} + index * sizeof(typename Mode::entry_type);
-  }
-
-  /// Returns: the places around the leaf's that are empty now, as far as can be seen without the lock.
-  template <walked_mode Mode>
-  unsigned empty_around(const attempt<Mode>& t) noexcept {
-    const read_section reading{backing_.slots.domain()};  // pages keep their memory as long
-    shadow_page* p = t.v.port.root();
-    for (unsigned level = shadow_layout<Mode>::levels; p != nullptr && level > 1; --level) {
-      const shadow_entry e = p->load(shadow_index(t.a, level));
-      p = e.present() && !e.is_leaf() ? e.child() : nullptr;
-    }
-    unsigned empty = p == nullptr ? (1U << prefetch_group) - 1 : 0;
-    const unsigned first = shadow_index(t.a, 1) & ~(prefetch_group - 1);
-    for (unsigned i = 0; p != nullptr && i < prefetch_group; ++i) {
-      if (p->load(first + i) == shadow_entry{}) empty |= 1U << i;
-    }
-    return empty;
-  }
-
-  /// Effects: leaves for what stands of it, in places that are empty. Not in a table that is out of step: what its
-  /// entries say may change at any time. Context: MMU lock; no flush is due.
-  template <walked_mode Mode>
-  void install_around_locked(const attempt<Mode>& t, shadow_page& p, const neighbour_pins<Provider>& around) noexcept {
-    if (p.unsync) return;
-    const unsigned own = shadow_index(t.a, 1);
-    for (const auto& n : around.found()) {
-      const bool fits = n.lease.frame.value < shadow_entry::frame_limit && p.load(n.index) == shadow_entry{};
-      if (!fits || !around.stands_locked(n)) continue;
-      rights r = p.role.access();
-      bool user = p.role.guest_user();
-      unsigned key = p.role.key();
-      if constexpr (Mode::levels > 0) {
-        if (!p.role.direct()) {
-          if (!t.tables.unchanged_locked({place_of<Mode>(t, n.index, own), n.entry})) continue;
-          r = r & rights_in(Mode::grants(static_cast<typename Mode::entry_type>(n.entry), 1));
-          user = r.user();
-          if ((n.entry & pte::dirty) == 0) r = changed(r, 0, rights::write_bit);
-          key = Mode::has_keys ? (n.entry & pte::protection_key) >> pte::protection_key_shift : 0;
-        }
-      }
-      memslot& slot = *tables_.slots().find(n.frame);
-      if (slot.mappings(n.frame).count() + 1 >= entry_list::recycle_at) continue;
-      if (tables_.tracked(n.frame) || n.at.read_only || !n.lease.writable) r = changed(r, 0, rights::write_bit);
-      const shadow_entry leaf = shadow_entry::leaf(n.lease.frame, r, user).with_key(key);
-      const bool logs = slot.logs(dirty_tracking::write_protect);
-      tables_.map(p, n.index, n.frame, leaf.without(logs ? shadow_entry::write_bit : 0), t.v.stock);
-      counters_.add(mmu_counters::prefetched);
-    }
   }
 
   /// Entry i links what the guest executes a part of: a large leaf in its place would take that away again.
@@ -375,7 +286,7 @@ class fault_path {
   shadow_entry leaf_for(const walk_context& c, access how, const walk_result& walk, const pinned_frame<Provider>& page,
                         bool tracked, unsigned level) noexcept {
     const bool read_only = tracked || page.at().read_only || !page.lease().writable;
-    const bool no_fetch = level > 1 && nx_huge_ && !detail::mutated(detail::mutation::nx_huge_fetched);
+    const bool no_fetch = level > 1 && options_.nx_huge && !detail::mutated(detail::mutation::nx_huge_fetched);
     const auto lost =
         static_cast<std::uint8_t>((read_only ? rights::write_bit : 0) | (no_fetch ? rights::execute_bit : 0));
     const rights r = changed(leaf_rights(c, how, walk), 0, lost);
@@ -389,9 +300,7 @@ class fault_path {
   backing<Provider> backing_;
   shadow_tables& tables_;
   mmu_counters& counters_;
-  const bool unsync_;
-  const bool prefetch_;
-  const bool nx_huge_;
+  const mmu_options options_;
 };
 
 }  // namespace x86
