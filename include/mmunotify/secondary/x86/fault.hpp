@@ -25,6 +25,8 @@
 // frame, a log of its writes or a bracket over a part of it allow less; what is left of a large guest leaf is made of
 // direct pages. A provider that has large frames says so by mapping_shift (large_frame_provider).
 //
+// With mmu_options::prefetch the empty places around a leaf of 4 KiB are filled as well: prefetch.hpp.
+//
 // With mmu_options::nx_huge a large leaf is not executable: a fetch makes what is around it small
 // (shadow_page::executed), and it stays so until the owner has it recovered.
 //
