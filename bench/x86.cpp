@@ -48,6 +48,7 @@ class flat_host {
 
   static constexpr hva first{std::uint64_t{1} << 40};
   frame_lease pin(hva a, bool) noexcept { return {errc::ok, {(a - first) >> page_shift}, true}; }
+  frame_lease try_pin(hva a) noexcept { return pin(a, false); }
   void unpin(pfn) noexcept {}
   std::byte* data(pfn f) noexcept { return base_ + f.value * page_size; }
   unsigned mapping_shift(hva) noexcept { return shift; }
@@ -67,12 +68,13 @@ class guest {
  public:
   static constexpr std::uint64_t roots = 8;
 
-  /// Data pages are rounded up to 2 MiB. large: mapped by 2 MiB guest leaves on a host that has such pages.
-  explicit guest(std::uint64_t pages, bool large = false)
+  /// Data pages are rounded up to 2 MiB. large: mapped by 2 MiB guest leaves on a host that has such pages. Without
+  /// prefetch a fault is one leaf, which is what most cases want to know.
+  explicit guest(std::uint64_t pages, bool large = false, bool prefetch = false, bool eager_split = false)
       : data_((pages + 511) / 512 * 512),
         tables_(roots + 1 + (data_ >> 18) + 1 + data_ / 512),
         host_(data_ + tables_),
-        mmu_(host_, {.max_pages = (data_ + tables_) / 256 + 4096}) {
+        mmu_(host_, {.max_pages = (data_ + tables_) / 256 + 4096, .prefetch = prefetch, .eager_split = eager_split}) {
     if (large) host_.shift = 21;
     bytes_before_ = in_use();
     if (mmu_.add_slot({.id = 1, .base = {0}, .pages = data_ + tables_, .host = flat_host::first}) != errc::ok) {
@@ -95,6 +97,14 @@ class guest {
     return {at, at + n * page_size};
   }
   bool fault(std::uint64_t page) { return cpu_->prefault(address(page), access::write).what == outcome::done; }
+  /// As a guest does it: a page that is there needs no fault.
+  bool touch_all(std::uint64_t first, std::uint64_t n, std::uint64_t step = 1) {
+    for (std::uint64_t i = 0; i < n; ++i) {
+      const std::uint64_t page = first + i * step;
+      if (!cpu_->hits(address(page), access::write) && !fault(page)) return false;
+    }
+    return true;
+  }
   bool fault_all(std::uint64_t first, std::uint64_t n, std::uint64_t step = 1) {
     for (std::uint64_t i = 0; i < n; ++i) {
       if (!fault(first + i * step)) return false;
@@ -182,6 +192,57 @@ void add_faults(const std::shared_ptr<guest>& g) {
       [=] { return g->fault_all(2, 510); });
   add(
       "fault/nothing to do", 512, [=] { return g->fault_all(0, 512); }, [=] { return g->fault_all(0, 512); });
+}
+
+/// What a prefetch saves a guest that touches neighbours, and costs one that does not.
+void add_prefetch(const std::shared_ptr<guest>& alone, const std::shared_ptr<guest>& ahead) {
+  const auto touch_case = [](const std::string& name, const std::shared_ptr<guest>& g, std::uint64_t n,
+                             std::uint64_t step) {
+    add(
+        name, n, [=] { return g->zap(guest::host_range(0, n * step)), g->fault_all(n * step, 1); },
+        [=] { return g->touch_all(0, n, step); });
+  };
+  for (const bool prefetch : {false, true}) {
+    const auto& g = prefetch ? ahead : alone;
+    const std::string how = prefetch ? ", prefetch" : ", without";
+    touch_case("touch/512 pages in order" + how, g, 512, 1);
+    touch_case("touch/every eighth page" + how, g, 512, 8);
+    add(
+        "touch/zap of what every eighth page has brought" + how, 1,
+        [=] { return g->zap(guest::host_range(0, 512)), g->touch_all(0, 64, 8); },
+        [=] { return g->zap(guest::host_range(0, 512)), true; });
+  }
+}
+
+/// A bracket over one page while there are so many slots.
+void add_slots(std::uint64_t slots) {
+  const auto host = std::make_shared<flat_host>(1);
+  const auto mmu = std::make_shared<mmu_type>(*host);
+  for (std::uint64_t i = 0; i < slots; ++i) {
+    const x86::memslot_config c{
+        .id = static_cast<unsigned>(i), .base = {8 * i}, .pages = 8, .host = flat_host::first + 8 * i * page_size};
+    if (mmu->add_slot(c) != errc::ok) std::abort();
+  }
+  add("slots/bracket over a page of one of " + std::to_string(slots), 64, nothing, [=] {
+    for (std::uint64_t i = 0; i < 64; ++i) {
+      const invalidation one{.range = guest::host_range(8 * (i * 977 % slots), 1)};
+      mmu->invalidate_range_start(one);
+      mmu->invalidate_range_end(one);
+    }
+    return host != nullptr;
+  });
+}
+
+/// A log begins over 16 leaves of 2 MiB, and the guest writes to pages of one of them.
+void add_splits(bool eager) {
+  const auto g = std::make_shared<guest>(512 * 16, true, false, eager);
+  const std::string how = eager ? ", large leaves split at once" : ", large leaves zapped";
+  const auto log = [=](x86::dirty_tracking t) { return g->mmu().log_writes(1, t) == errc::ok; };
+  const auto all_large = [=] { return log(x86::dirty_tracking::off) && g->fault_all(0, 16, 512); };
+  add("log/beginning" + how, 1, all_large, [=] { return log(x86::dirty_tracking::write_protect); });
+  add(
+      "log/first write to a page" + how, 512, [=] { return all_large() && log(x86::dirty_tracking::write_protect); },
+      [=] { return g->touch_all(512, 512); });
 }
 
 void add_zaps(const std::shared_ptr<guest>& g, const std::shared_ptr<guest>& large) {
@@ -325,11 +386,14 @@ int main(int argc, char** argv) {
   const auto g = std::make_shared<guest>(512 * 512);
   const auto large = std::make_shared<guest>(512 * 16, true);
   add_faults(g);
+  add_prefetch(g, std::make_shared<guest>(512 * 16, false, true));
   add_zaps(g, large);
   add_ageing(g);
   add_guest_writes(g);
   add_switches(g);
   add_logs(std::make_shared<guest>(8192));
+  for (const bool eager : {false, true}) add_splits(eager);
+  for (const std::uint64_t slots : {1U, 512U, 8192U}) add_slots(slots);
   for (const std::uint64_t mapped : {1000U, 10000U, 100000U, 1000000U}) add_growth(mapped);
   const int status = ratios::run(argc, argv);
   ratios::print_goals(goals);

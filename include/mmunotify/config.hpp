@@ -191,6 +191,12 @@ enum class mutation : int {
   nested_not_in_role = 87,    ///< what kind a nested guest's table is, is no part of a shadow page's role
   ept_misconfigured_ok = 88,  ///< EPT entries are not checked for misconfigurations
   nested_stale_sync = 89,     ///< an EPT or NPT table that was written freely is taken for unchanged
+  prefetch_unchecked = 90,    ///< neighbours of a fault are installed without a look at the brackets
+  prefetch_unaccessed = 91,   ///< they are installed from guest entries that are not accessed yet
+  split_forgets_bits = 92,    ///< the parts of a large leaf that is split do not inherit its accessed and dirty bits
+  shallow_host_index = 93,    ///< the slots' host index knows how far a slot reaches, and not the ones below it
+  nx_huge_fetched = 94,       ///< large leaves may be executed although the owner forbids it
+  nx_huge_undone = 95,        ///< the next read or write makes a leaf large again that a fetch has made small
 };
 
 /// True in the build that has this one protection removed.

@@ -274,4 +274,22 @@ TEST_CASE("what was clean stays clean in a huge page, and the first write splits
   sound(f.mmu);
 }
 
+TEST_CASE("mapping_shift tells huge pages from small ones, and answers for any address") {
+  huge_space f;
+  REQUIRE(f.mmu.map(pages(block, 2 * block), protection::read_write) == errc::ok);
+  REQUIRE(put(f.mmu, block, 1) == errc::ok);
+  CHECK(f.mmu.mapping_shift(hva{at(0)}) == 21);
+  CHECK(f.mmu.mapping_shift(hva{at(511) + 4095}) == 21);
+  CHECK(f.mmu.mapping_shift(hva{at(block)}) == 12);
+  CHECK(f.mmu.mapping_shift(hva{at(5 * block)}) == 12);
+  CHECK(f.mmu.mapping_shift(hva{UINTPTR_MAX}) == 12);
+  REQUIRE(f.mmu.migrate(pages(5, 6)) == errc::ok);
+  CHECK(f.mmu.mapping_shift(hva{at(0)}) == 12);
+  REQUIRE(f.mmu.collapse(pages(0, 2 * block)) == errc::ok);
+  CHECK(f.mmu.mapping_shift(hva{at(0)}) == 21);
+  CHECK(f.mmu.mapping_shift(hva{at(block)}) == 21);
+  REQUIRE(f.mmu.exit() == errc::ok);
+  CHECK(f.mmu.mapping_shift(hva{at(0)}) == 12);
+}
+
 }  // namespace

@@ -417,6 +417,38 @@ TEST_CASE("a page on loan is skipped by swap_out and migrate, and counted") {
   CHECK(get(f.mmu, 1) == 101);
 }
 
+TEST_CASE("try_pin lends what is there, changes nothing, and waits for nobody") {
+  four_pages f;
+  REQUIRE(f.mmu.swap_out(pages(2, 3)) == errc::ok);
+  CHECK_FALSE(f.mmu.clear_young(pages(1, 2)).error != errc::ok);
+  const auto faults = f.mmu.statistics().faults;
+  const frame_lease lease = f.mmu.try_pin(hva{at(1)});
+  REQUIRE(lease);
+  CHECK(lease.frame == f.look(1).frame);
+  CHECK(lease.writable == f.look(1).writable);
+  CHECK_FALSE(f.mmu.test_young(pages(1, 2)).young);
+  CHECK(f.mmu.migrate(pages(1, 2)) == errc::ok);  // it is on loan
+  CHECK(f.look(1).frame == lease.frame);
+  f.mmu.unpin(lease.frame);
+  CHECK(f.mmu.try_pin(hva{at(2)}).error == errc::again);  // swapped out, and stays so
+  CHECK(f.look(2).swapped);
+  CHECK(f.mmu.try_pin(hva{at(40)}).error == errc::not_mapped);
+  CHECK(f.mmu.try_pin(hva{UINTPTR_MAX - 8}).error == errc::bad_range);
+  REQUIRE(f.mmu.map(pages(50, 52), protection::read) == errc::ok);
+  CHECK(f.mmu.try_pin(hva{at(50)}).error == errc::again);  // not touched yet
+  REQUIRE(f.mmu.protect(pages(1, 2), protection::none) == errc::ok);
+  CHECK(f.mmu.try_pin(hva{at(1)}).error == errc::access_denied);
+  frame_lease busy{};
+  {
+    const auto held = f.mmu.lock_tables();
+    std::thread([&] { busy = f.mmu.try_pin(hva{at(0)}); }).join();
+  }
+  CHECK(busy.error == errc::again);
+  CHECK(f.mmu.statistics().faults == faults);
+  REQUIRE(f.mmu.exit() == errc::ok);
+  CHECK(f.mmu.try_pin(hva{at(0)}).error == errc::released);
+}
+
 TEST_CASE("an unmapped frame on loan lives until it is given back, and is nobody's page") {
   four_pages f;
   const frame_lease lease = f.mmu.pin(hva{at(1)}, true);

@@ -19,6 +19,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <new>
 #include <thread>
 
@@ -76,30 +77,37 @@ using page_slot = std::atomic<std::uint64_t>;
 /// unlocking. Progress: blocking, for the holder's time.
 class locked_entry {
  public:
-  explicit locked_entry(page_slot& slot) noexcept : slot_(slot) {
-    for (unsigned tries = 1;; tries += 1) {
-      std::uint64_t bits = slot.load(std::memory_order_relaxed);
-      // (pt1) acquire pairs with (pt2): the previous holder's changes to the entry and to the frame behind it.
-      if ((bits & page_entry::lock_bit) == 0 &&
-          slot.compare_exchange_weak(bits, bits | page_entry::lock_bit, std::memory_order_acquire,
-                                     std::memory_order_relaxed)) {
-        value.bits = bits;
-        return;
-      }
+  explicit locked_entry(page_slot& slot) noexcept : locked_entry(slot, std::try_to_lock) {
+    for (unsigned tries = 1; !locked_; tries += 1) {
       if (tries % 64 == 0) std::this_thread::yield();
+      try_lock();
     }
   }
+  /// The same without waiting: whether the entry is locked is what the object converts to.
+  locked_entry(page_slot& slot, std::try_to_lock_t) noexcept : slot_(slot) { try_lock(); }
   locked_entry(const locked_entry&) = delete;
   locked_entry& operator=(const locked_entry&) = delete;
   ~locked_entry() {
     // (pt2) release pairs with (pt1).
-    slot_.store(value.bits & ~page_entry::lock_bit, std::memory_order_release);
+    if (locked_) slot_.store(value.bits & ~page_entry::lock_bit, std::memory_order_release);
   }
+
+  explicit operator bool() const noexcept { return locked_; }
 
   page_entry value;
 
  private:
+  void try_lock() noexcept {
+    std::uint64_t bits = slot_.load(std::memory_order_relaxed);
+    // (pt1) acquire pairs with (pt2): the previous holder's changes to the entry and to the frame behind it.
+    locked_ = (bits & page_entry::lock_bit) == 0 &&
+              slot_.compare_exchange_strong(bits, bits | page_entry::lock_bit, std::memory_order_acquire,
+                                            std::memory_order_relaxed);
+    if (locked_) value.bits = bits;
+  }
+
   page_slot& slot_;
+  bool locked_ = false;
 };
 
 class page_table {
@@ -143,6 +151,13 @@ class page_table {
   template <class Function>
   void for_each(const range& r, Function f) noexcept {
     walk(root_, top, 0, r, f);
+  }
+
+  /// The entry's place, or null: there is none yet. Preconditions: as peek. Progress: wait-free.
+  page_slot* find(std::uintptr_t a) noexcept {
+    node* n = &root_;
+    for (unsigned level = top; n != nullptr && level != 0; level -= 1) n = child(n->slots[index(a, level)]);
+    return n == nullptr ? nullptr : &n->slots[index(a, 0)];
   }
 
   /// The 2 MiB around an address.

@@ -9,6 +9,7 @@
 #include <random>
 #include <set>
 #include <string>
+#include <utility>
 
 #include <doctest/doctest.h>
 
@@ -30,9 +31,10 @@ struct raw_memory {
 
 /// A guest that does anything at all to its tables, registers and memory, on a host that does the same. Each access is
 /// held against a walk made anew, and that against the rules of the manual (reference_walk.hpp).
-template <class Mode>
+/// Dice: where its decisions come from; what makes a number below another may be its own business.
+template <class Mode, class Host = scripted_host, class Dice = std::mt19937_64>
 struct random_guest {
-  using machine = machine_of<Mode>;
+  using machine = machine_of<Mode, Mode, Host>;
   using cpu_type = typename machine::cpu_type;
   using entry = typename Mode::entry_type;
   static constexpr bool pae = Mode::top_in_registers;
@@ -49,7 +51,7 @@ struct random_guest {
   static constexpr std::uint64_t run = 512;  ///< guest frames 512 to 1023 are one large page of the host, at first
   machine m;
   cpu_type cpus[2]{cpu_type{m.mmu}, cpu_type{m.mmu}};
-  std::mt19937_64 random;
+  Dice random;
   std::uint64_t done = 0, tracked = 0, faulted = 0, refused = 0, harvested = 0, freely = 0;
   entry* pending = nullptr;  ///< an entry that the guest may write without being noticed
   bool logging = false;
@@ -57,12 +59,20 @@ struct random_guest {
   std::array<std::array<std::uint64_t, 4>, 2> pdptes{};  ///< what the registers of each vCPU hold
   std::set<std::uint64_t> was_rom;                       ///< walks through these may have left no traces
 
-  random_guest(std::uint64_t s, bool unsync) : m(slot_pages, {.unsync = unsync}), random(s) {
+  random_guest(std::uint64_t s, bool unsync) : random_guest(Dice(s), x86::mmu_options{.unsync = unsync}) {}
+  random_guest(std::uint64_t s, const x86::mmu_options& o) : random_guest(Dice(s), o) {}
+  random_guest(Dice d, const x86::mmu_options& o) : m(slot_pages, o), random(std::move(d)) {
     m.host.place_run(machine::host_of({run * page_size}), 21, 512);
     for (auto& cpu : cpus) CHECK(cpu.set_cr3(32 * page_size) == errc::ok);  // nothing is mapped
     for (int i = 0; i < 60; ++i) write_entry();
   }
-  std::uint64_t below(std::uint64_t n) { return random() % n; }
+  std::uint64_t below(std::uint64_t n) {
+    if constexpr (requires { random.below(n); }) {
+      return random.below(n);
+    } else {
+      return random() % n;
+    }
+  }
   bool chance(unsigned percent) { return below(100) < percent; }
   std::uint64_t some_entry() { return used_entries[below(used_entries.size())]; }
   gva address() {

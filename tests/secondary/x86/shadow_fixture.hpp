@@ -15,6 +15,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <set>
 #include <span>
 #include <string>
 #include <thread>
@@ -125,7 +126,7 @@ class scripted_host {
   std::map<std::uint64_t, long> pins;
   std::uint64_t next_number = 0xabcde;
 
- private:
+ protected:
   frame_lease decide(std::uint64_t page, bool write) {
     if (const auto no = refuses.find(page); no != refuses.end()) return {.error = no->second};
     if (pages.count(page) == 0) return {.error = errc::not_mapped};
@@ -136,18 +137,43 @@ class scripted_host {
 };
 
 static_assert(frame_provider<scripted_host> && x86::large_frame_provider<scripted_host>);
+static_assert(!x86::prefetch_provider<scripted_host>);
+
+/// The same, and it can be asked without waiting.
+class prefetching_host : public scripted_host {
+ public:
+  /// Runs in try_pin(), before it answers.
+  std::function<void(hva)> during_try;
+  /// Pages that would have to be waited for.
+  std::set<std::uint64_t> busy;
+
+  frame_lease try_pin(hva a) noexcept {
+    const std::uint64_t page = a.page().value;
+    if (during_try) {
+      const auto script = std::exchange(during_try, nullptr);
+      script(a.page());
+      if (!during_try) during_try = script;
+    }
+    if (busy.count(page) != 0) return {.error = errc::again};
+    const frame_lease lease = decide(page, false);
+    if (lease) ++pins[lease.frame.value];
+    return lease;
+  }
+};
+
+static_assert(x86::prefetch_provider<prefetching_host>);
 
 /// A VM with one slot of `pages` pages at guest frame 0, page tables in its upper half, root at the first of them.
 /// Modes: what the MMU is for; Mode: how the test writes tables.
-template <class Mode, class Modes = Mode>
+template <class Mode, class Modes = Mode, class Host = scripted_host>
 struct machine_of {
-  using mmu_type = x86::shadow_mmu<scripted_host, Modes>;
+  using mmu_type = x86::shadow_mmu<Host, Modes>;
   using cpu_type = x86::vcpu<mmu_type>;
   using entry = typename Mode::entry_type;
   static constexpr std::uint64_t pages = 64;
   static constexpr std::uint64_t first_table = 32;
 
-  scripted_host host;
+  Host host;
   mmu_type mmu;
   std::uint64_t next_table = first_table;
   std::uint64_t root = new_table();

@@ -530,6 +530,11 @@ struct slow_provider {
     for (int i = 0; i < 4; ++i) std::this_thread::yield();
     return lease;
   }
+  frame_lease try_pin(hva a) noexcept {
+    const frame_lease lease = primary.try_pin(a);
+    std::this_thread::yield();
+    return lease;
+  }
   void unpin(pfn f) noexcept { primary.unpin(f); }
   std::byte* data(pfn f) noexcept { return primary.data(f); }
 };
@@ -542,7 +547,7 @@ struct real_machine {
 
   primary_type primary{256, 256};
   slow_provider provider{primary};
-  real_mmu mmu{provider};
+  real_mmu mmu{provider, {.prefetch = true}};
   subscriber<real_mmu> node{mmu};
 
   real_machine() {
@@ -715,5 +720,6 @@ TEST_CASE("O1: no vCPU reads or writes a frame that its page has left, while eve
   CHECK(m.primary.verify() == nullptr);
   CHECK(std::string(m.mmu.verify() != nullptr ? m.mmu.verify() : "") == "");
   const auto s = m.mmu.statistics();
-  MESSAGE("faults ", s.faults, " retries ", s.retries, " zapped ", s.zapped, " flushes ", s.flushes);
+  MESSAGE("faults ", s.faults, " retries ", s.retries, " zapped ", s.zapped, " flushes ", s.flushes, " prefetched ",
+          s.prefetched);
 }

@@ -79,7 +79,37 @@ class accessed_memory {
     return lease;
   }
 
-  /// Effects: gives one reference back. Preconditions: pin() of this object lent it (checked as far as a count can).
+  /// Effects: takes one reference of a page that is there, for reading, and changes nothing: it faults nothing in,
+  /// waits for nobody, and the page is not young for it. Returns: as pin(). Errors: again (it is not there, or somebody
+  /// changes it or the areas); bad_range, not_mapped, access_denied, released, would_deadlock. Progress: lock-free.
+  frame_lease try_pin(hva a) noexcept {
+    const tables_lock::try_shared in{lock_};
+    if (const errc e = core_.admitted(in); e != errc::ok) return {.error = e};
+    const auto at = static_cast<std::uintptr_t>(a.value);
+    if (!memory_.whole().contains(at)) return {.error = errc::bad_range};
+    const area* const covering = memory_.areas().find(at);
+    if (covering == nullptr) return {.error = errc::not_mapped};
+    if (covering->allows < protection::read) return {.error = errc::access_denied};
+    page_slot* const slot = memory_.table().find(at);
+    if (slot == nullptr) return {.error = errc::again};
+    const locked_entry entry{*slot, std::try_to_lock};
+    if (!entry || !entry.value.present()) return {.error = errc::again};
+    memory_.frames().pin(entry.value.frame());
+    memory_.counters().add(counter::pins);
+    return {errc::ok, entry.value.frame(), entry.value.writable()};
+  }
+
+  /// Returns: log2 of the size of the mapping that a's page is part of: 21 of a huge page, else 12. It may be stale on
+  /// arrival: a huge page that ends is bracketed as a whole, first. Progress: as pin(). Context: as pin().
+  unsigned mapping_shift(hva a) noexcept {
+    const tables_lock::shared in{lock_};
+    const auto at = static_cast<std::uintptr_t>(a.value);
+    const bool known = core_.admitted(in) == errc::ok && memory_.whole().contains(at);
+    return known && memory_.table().huge(at) ? 21 : page_shift;
+  }
+
+  /// Effects: gives one reference back. Preconditions: pin() or try_pin() of this object lent it (checked as far as a
+  /// count can).
   /// Progress: takes the pool's short lock when the frame is freed. Context: any, callbacks and release hooks included.
   void unpin(pfn f) noexcept {
     if (!memory_.frames().unpin(f)) {

@@ -61,6 +61,26 @@ inline void store_in_words(std::byte* frame, std::size_t offset, std::span<const
   }
 }
 
+/// A provider that has frames larger than 4 KiB.
+///   mapping_shift(a)  log2 of the size of an aligned run of host pages around `a` that one aligned run of frames with
+///                     consecutive numbers backs, all with the same rights; at least 12. May be stale on arrival: what
+///                     ends it is bracketed over all of the run. Context: as pin, and a's page is pinned.
+template <class P>
+concept large_frame_provider = frame_provider<P> && requires(P& p, hva a) {
+  { p.mapping_shift(a) } noexcept -> std::same_as<unsigned>;
+};
+
+/// Returns: the highest level at which the host has the page in one piece.
+template <frame_provider Provider>
+unsigned host_level(Provider& provider, const host_page& page) noexcept {
+  if constexpr (large_frame_provider<Provider>) {
+    const unsigned shift = provider.mapping_shift(page.address);
+    return shift < 21 ? 1 : shift < 30 ? 2 : 3;
+  } else {
+    return 1;
+  }
+}
+
 /// What is needed to reach guest memory, and to know whether what was reached is still it.
 template <frame_provider Provider>
 struct backing {

@@ -2,7 +2,7 @@
 #pragma once
 
 // A virtual CPU of a direct MMU: its TLB, and how it touches guest-physical memory. See vcpu.hpp, which it is the
-// simpler sister of: no registers, no rights but write.
+// simpler sister of: no registers, no rights but write, and to execute what is not large.
 
 #include <atomic>
 #include <cstddef>
@@ -44,8 +44,8 @@ class direct_vcpu {
   template <class F>
     requires std::is_nothrow_invocable_v<F&, std::byte*>
   outcome access(gpa a, x86::access how, F&& f) noexcept {
-    while (!touch(a, is_write(how), f)) {
-      const outcome o = mmu_.fault(stock_, a, is_write(how));
+    while (!touch(a, how, f)) {
+      const outcome o = prefault(a, how);
       if (o.what == outcome::again) {
         std::this_thread::yield();
       } else if (o.what != outcome::done) {
@@ -55,21 +55,22 @@ class direct_vcpu {
     return {};
   }
   /// Effects: one attempt to install what the access needs. Nothing is touched.
-  outcome prefault(gpa a, x86::access how) noexcept { return mmu_.fault(stock_, a, is_write(how)); }
+  outcome prefault(gpa a, x86::access how) noexcept { return mmu_.fault(stock_, a, is_write(how), is_fetch(how)); }
   /// Returns: whether the access would hit now, without a fault.
   bool hits(gpa a, x86::access how) noexcept {
     const auto nothing = [](std::byte*) noexcept {};
-    return touch(a, is_write(how), nothing);
+    return touch(a, how, nothing);
   }
 
  private:
   template <class F>
-  bool touch(gpa a, bool write, F&& f) noexcept {
+  bool touch(gpa a, x86::access how, F&& f) noexcept {
     const guest_mode_section in{mmu_.gate(), port_, tlb_};
     const gva key{a.value};
     const tlb_entry* e = tlb_.find(key);
-    if (e == nullptr || (write && !e->allows.writable())) [[unlikely]] {
-      if (!walk(a, write)) return false;
+    const bool write = is_write(how), fetch = is_fetch(how);
+    if (e == nullptr || (write && !e->allows.writable()) || (fetch && !e->allows.executable())) [[unlikely]] {
+      if (!walk(a, write, fetch)) return false;
       e = tlb_.find(key);
     }
     f(e->host + a.offset());
@@ -78,7 +79,7 @@ class direct_vcpu {
 
   /// Effects: walks the tables as hardware would, sets accessed and dirty bits, fills the TLB. A leaf that is read-only
   /// for nothing but a dirty log is made writable and marked, in this order (dirty_log.hpp).
-  bool walk(gpa a, bool write) noexcept {
+  bool walk(gpa a, bool write, bool fetch) noexcept {
     const gfn f = frame_of(a);
     if (f.value >= direct_tables<format>::frame_limit) return false;
     const auto at = mmu_.find(f);
@@ -86,6 +87,7 @@ class direct_vcpu {
     bool upgrade = false;
     do {
       if (!format::present(e) || !format::maps(e, at.level)) return false;
+      if (fetch && !executable<format>(e)) return false;
       upgrade = write && (e & format::write_bit) == 0;
       if (upgrade && (e & direct_may_write_bit) == 0) return false;
       wanted = e | format::accessed_bit | (write ? format::dirty_bit | format::write_bit : 0);
@@ -97,7 +99,9 @@ class direct_vcpu {
     }
     const bool writes = (wanted & format::write_bit) != 0 && (wanted & format::dirty_bit) != 0;
     const pfn frame = format::frame(wanted) + (f.value & (frames_at(at.level) - 1));
-    const std::uint8_t allows = rights::user_bit | rights::execute_bit | (writes ? rights::write_bit : 0);
+    const bool fetches = executable<format>(wanted);
+    const auto allows = static_cast<std::uint8_t>(rights::user_bit | (fetches ? rights::execute_bit : 0) |
+                                                  (writes ? rights::write_bit : 0));
     tlb_.insert(gva{a.value}, mmu_.provider().data(frame), rights{allows}, true);
     return true;
   }

@@ -25,6 +25,11 @@
 // frame, a log of its writes or a bracket over a part of it allow less; what is left of a large guest leaf is made of
 // direct pages. A provider that has large frames says so by mapping_shift (large_frame_provider).
 //
+// With mmu_options::prefetch the empty places around a leaf of 4 KiB are filled as well: prefetch.hpp.
+//
+// With mmu_options::nx_huge a large leaf is not executable: a fetch makes what is around it small
+// (shadow_page::executed), and it stays so until the owner has it recovered.
+//
 // A frame that no slot holds is MMIO. The leaf's place remembers that, with the generation of the slots, so that the
 // next access is known to be MMIO without a walk of the guest's tables; not of a page with a protection key, for which
 // that place has no room.
@@ -41,7 +46,9 @@
 #include <mmunotify/secondary/x86/backing.hpp>
 #include <mmunotify/secondary/x86/follow.hpp>
 #include <mmunotify/secondary/x86/guest_walker.hpp>
+#include <mmunotify/secondary/x86/options.hpp>
 #include <mmunotify/secondary/x86/outcome.hpp>
+#include <mmunotify/secondary/x86/prefetch.hpp>
 #include <mmunotify/secondary/x86/shadow_modes.hpp>
 #include <mmunotify/secondary/x86/shadow_tables.hpp>
 #include <mmunotify/secondary/x86/tlb.hpp>
@@ -49,26 +56,16 @@
 MMUNOTIFY_BEGIN_NAMESPACE
 namespace x86 {
 
-/// A provider that has frames larger than 4 KiB.
-///   mapping_shift(a)  log2 of the size of an aligned run of host pages around `a` that one aligned run of frames with
-///                     consecutive numbers backs, all with the same rights; at least 12. May be stale on arrival: what
-///                     ends it is bracketed over all of the run. Context: as pin, and a's page is pinned.
-template <class P>
-concept large_frame_provider = frame_provider<P> && requires(P& p, hva a) {
-  { p.mapping_shift(a) } noexcept -> std::same_as<unsigned>;
-};
-
 template <frame_provider Provider, shadowed_modes Modes>
 class fault_path {
  public:
-  /// unsync: the guest may write lowest-level tables without being noticed, until it flushes (unsync.hpp).
-  fault_path(backing<Provider> b, shadow_tables& tables, mmu_counters& counters, bool unsync = false) noexcept
-      : backing_(b), tables_(tables), counters_(counters), unsync_(unsync) {}
+  fault_path(backing<Provider> b, shadow_tables& tables, mmu_counters& counters, const mmu_options& o = {}) noexcept
+      : backing_(b), tables_(tables), counters_(counters), options_(o) {}
 
   /// The same for a vCPU in another mode (nested_vcpu.hpp).
   template <walked_mode Mode>
   fault_path<Provider, Mode> in() const noexcept {
-    return {backing_, tables_, counters_, unsync_};
+    return {backing_, tables_, counters_, options_};
   }
 
   /// Effects: one attempt to make the access possible. Returns: done (a leaf that allows it was installed), or why not.
@@ -91,6 +88,7 @@ class fault_path {
     access how;
     tables_type& tables;
     const walk_result& walk;
+    bool executes = false;  ///< a part of what could be one large leaf, which may not be executed
 
     const walk_context& context() const noexcept { return v.context; }
     /// The part of the guest's leaf that an entry of this level stands for has no guest table below it. Without paging
@@ -133,7 +131,7 @@ class fault_path {
 
   /// The access is allowed: steps 3 to 6.
   template <walked_mode Mode>
-  outcome resolve(const attempt<Mode>& t) noexcept {
+  outcome resolve(attempt<Mode> t) noexcept {
     pinned_frame<Provider> page;
     const gfn frame = frame_of(t.walk.address);
     if (const errc e = page.pin(backing_, frame, is_write(t.how)); e != errc::ok) {
@@ -141,40 +139,50 @@ class fault_path {
       return page.at() || frame.value >= shadow_entry::frame_limit || t.key() != 0 ? o : remember_mmio(t, o);
     }
     if (page.lease().frame.value >= shadow_entry::frame_limit) return outcome_of(errc::not_mapped, t.walk.address);
-    const unsigned most = t.leaf_level() > 1 ? host_level(page) : 1;
+    unsigned most = t.leaf_level() > 1 ? host_level(backing_.provider, page.at()) : 1;
+    t.executes = options_.nx_huge && is_fetch(t.how) && most > 1 && !detail::mutated(detail::mutation::nx_huge_fetched);
+    if (t.executes) most = 1;
+    neighbour_pins<Provider> around(backing_.provider, backing_.slots, backing_.window);
+    table_prefetch<Provider> prefetch(backing_, tables_, counters_);
+    if (options_.prefetch && most == 1) prefetch.template look_around<Mode>(t, around);
     const std::lock_guard locked{tables_.lock()};
     if (tables_.released()) return {.what = outcome::released};
-    const outcome o = install_locked(t, page, most < t.leaf_level() ? most : t.leaf_level());
+    shadow_page* filled = nullptr;
+    const outcome o = install_locked(t, page, most < t.leaf_level() ? most : t.leaf_level(), filled);
     tables_.commit();
+    if (filled != nullptr) prefetch.template install_locked<Mode>(t, *filled, around);
     return o;
   }
 
-  /// The highest level at which the host has the page in one piece.
-  unsigned host_level(const pinned_frame<Provider>& page) noexcept {
-    if constexpr (large_frame_provider<Provider>) {
-      const unsigned shift = backing_.provider.mapping_shift(page.at().address);
-      return shift < 21 ? 1 : shift < 30 ? 2 : 3;
-    } else {
-      return 1;
-    }
-  }
-
+  /// Effects: filled is the page of level 1 that has the leaf, if it has.
   template <walked_mode Mode>
-  outcome install_locked(const attempt<Mode>& t, const pinned_frame<Provider>& page, unsigned most) noexcept {
+  outcome install_locked(const attempt<Mode>& t, const pinned_frame<Provider>& page, unsigned most,
+                         shadow_page*& filled) noexcept {
     if (!page.stands_locked(backing_)) return {.what = outcome::again};
     tables_.make_room();
-    const unsigned level = leaf_level_locked(page, most);
-    shadow_page* const last = descend_locked(t, level);
+    unsigned level = leaf_level_locked(page, most);
+    shadow_page* last = descend_locked(t, level);
+    while (last != nullptr && level > 1 && executed_below(*last, shadow_index(t.a, level))) {
+      last = descend_locked(t, --level);
+    }
     if (last == nullptr) return {.what = outcome::again};
     bool tracked = tables_.tracked(page.frame());
-    if (tracked && is_write(t.how) && unsync_ && tables_.try_unsync(page.frame())) tracked = false;
+    if (tracked && is_write(t.how) && options_.unsync && tables_.try_unsync(page.frame())) tracked = false;
     if (tracked && is_write(t.how)) return {.what = outcome::write_tracked, .address = t.walk.address};
     // A table in the large frame may have been shadowed on the way down, as one of this walk's own.
     if (level > 1 && leaf_level_locked(page, level) != level) return {.what = outcome::again};
     const shadow_entry leaf = leaf_for<Mode>(t.context(), t.how, t.walk, page, tracked, level).with_key(t.key());
     tables_.map(*last, shadow_index(t.a, level), aligned_to(page.frame(), level), leaf, t.v.stock);
     if (level > 1) counters_.add(mmu_counters::large);
+    if (level == 1) filled = last;
     return {};
+  }
+
+  /// Entry i links what the guest executes a part of: a large leaf in its place would take that away again.
+  static bool executed_below(const shadow_page& p, unsigned i) noexcept {
+    if constexpr (detail::mutated(detail::mutation::nx_huge_undone)) return false;
+    const shadow_entry e = p.load(i);
+    return e.present() && !e.is_leaf() && e.child()->executed;
   }
 
   /// The level of the leaf: `most` at most, and less where slot, tables, log or brackets demand it.
@@ -243,6 +251,7 @@ class fault_path {
     shadow_page* child = linked(p, i, below, role);
     if (child == nullptr) child = table_locked(below, role, t.v.stock);
     if (child != nullptr) tables_.link(p, i, *child, t.v.stock);
+    if (child != nullptr && part && t.executes) child->executed = true;
     return child;
   }
 
@@ -288,7 +297,10 @@ class fault_path {
   shadow_entry leaf_for(const walk_context& c, access how, const walk_result& walk, const pinned_frame<Provider>& page,
                         bool tracked, unsigned level) noexcept {
     const bool read_only = tracked || page.at().read_only || !page.lease().writable;
-    const rights r = changed(leaf_rights<Mode>(c, how, walk), 0, read_only ? rights::write_bit : 0);
+    const bool no_fetch = level > 1 && options_.nx_huge && !detail::mutated(detail::mutation::nx_huge_fetched);
+    const auto lost =
+        static_cast<std::uint8_t>((read_only ? rights::write_bit : 0) | (no_fetch ? rights::execute_bit : 0));
+    const rights r = changed(leaf_rights<Mode>(c, how, walk), 0, lost);
     const std::uint64_t used = shadow_entry::accessed_bit | (is_write(how) ? shadow_entry::dirty_bit : 0);
     const pfn first{page.lease().frame.value & ~(frames_at(level) - 1)};
     const shadow_entry leaf = shadow_entry::leaf(level > 1 ? first : page.lease().frame, r, walk.granted.user());
@@ -299,7 +311,7 @@ class fault_path {
   backing<Provider> backing_;
   shadow_tables& tables_;
   mmu_counters& counters_;
-  const bool unsync_;
+  const mmu_options options_;
 };
 
 }  // namespace x86

@@ -21,6 +21,7 @@
 
 #include <mmunotify/base/address.hpp>
 #include <mmunotify/base/range.hpp>
+#include <mmunotify/base/result.hpp>
 #include <mmunotify/config.hpp>
 #include <mmunotify/secondary/x86/dirty_log.hpp>
 #include <mmunotify/secondary/x86/frame_set.hpp>
@@ -94,6 +95,14 @@ class memslot {
   void for_each_mapped(F&& f) {
     for_each_mapped(config_.base, config_.end(), f);
   }
+  /// Returns: a list of leaves larger than 4 KiB that is not empty, and their level; the largest ones first. nullptr:
+  /// there is none.
+  entry_list* large_mappings(unsigned& level) noexcept {
+    for (level = top_leaf_level; level > 1; --level) {
+      if (const std::uint64_t i = mapped_[level - 1].next(0); i != frame_set::none) return &lists(level)[i];
+    }
+    return nullptr;
+  }
   /// Whether the set says that a list of this level is not empty. For the self-check.
   bool listed(gfn f, unsigned level) const noexcept { return mapped_[level - 1].contains(place(f, level)); }
 
@@ -166,6 +175,18 @@ class memslot {
   std::array<std::unique_ptr<std::uint32_t[]>, top_leaf_level - 1> tables_;
   std::atomic<dirty_log*> log_{nullptr};
 };
+
+/// What a ring has given.
+struct written_frames {
+  errc error = errc::ok;  ///< again: the ring had no place for some frames: harvest the bitmap, once
+  std::size_t count = 0;
+};
+/// Returns: why the ring of this slot, null if there is none, cannot be harvested; or ok. Context: MMU lock.
+inline errc ring_error(const memslot* slot) noexcept {
+  if (slot == nullptr) return errc::not_registered;
+  if (slot->log() == nullptr || slot->log()->ring() == nullptr) return errc::disabled;
+  return slot->log()->ring()->overflowed() ? errc::again : errc::ok;
+}
 
 }  // namespace x86
 MMUNOTIFY_END_NAMESPACE

@@ -16,7 +16,8 @@
 // fault can install through a slot that is going: faults look their slots up again under that lock.
 //
 // Lock order: the writers' mutex, then the MMU lock. Never in a callback, never inside a read section of the domain.
-// Cost: lookup by frame is a binary search, by host range a scan of the slots; an update copies the list of slots.
+// Cost: lookup by frame is a binary search, by host range one of an interval tree (host_index.hpp); an update copies
+// the list of slots.
 
 #include <algorithm>
 #include <atomic>
@@ -26,19 +27,21 @@
 #include <mutex>
 #include <new>
 #include <span>
+#include <utility>
 
 #include <mmunotify/base/address.hpp>
 #include <mmunotify/base/range.hpp>
 #include <mmunotify/base/result.hpp>
 #include <mmunotify/config.hpp>
 #include <mmunotify/secondary/x86/dirty_log.hpp>
+#include <mmunotify/secondary/x86/host_index.hpp>
 #include <mmunotify/secondary/x86/memslot.hpp>
 #include <mmunotify/sync/srcu_domain.hpp>
 
 MMUNOTIFY_BEGIN_NAMESPACE
 namespace x86 {
 
-/// All slots at one moment, sorted by guest frame. Immutable, but for the reverse mappings.
+/// All slots at one moment, by guest frame and by host address. Immutable, but for the reverse mappings.
 class memslot_snapshot {
  public:
   std::span<memslot* const> slots() const noexcept { return {slots_.get(), count_}; }
@@ -58,20 +61,20 @@ class memslot_snapshot {
   /// Calls f(memslot&, first gfn, one past the last gfn) for each run of guest frames backed by a byte of the range.
   template <class F>
   void for_each_in(range r, F&& f) const {
-    for (memslot* const s : slots()) {
-      const memslot_config& c = s->config();
+    by_host_.for_each_in(r, [&](memslot& s) {
+      const memslot_config& c = s.config();
       const range hit = r.clipped_to(c.host_range());
-      if (hit.empty()) continue;
       const std::uint64_t first = (hit.first - c.host.value) >> page_shift;
       const std::uint64_t last = (hit.last - 1 - c.host.value) >> page_shift;
-      f(*s, c.base + first, c.base + last + 1);
-    }
+      f(s, c.base + first, c.base + last + 1);
+    });
   }
 
  private:
   friend class memslots;
-  std::unique_ptr<memslot*[]> slots_;
+  std::unique_ptr<memslot*[]> slots_;  ///< sorted by guest frame
   std::size_t count_ = 0;
+  host_index by_host_;
   std::uint64_t generation_ = 0;
 };
 
@@ -99,6 +102,8 @@ class memslots {
     if (last != &none_) delete last;
   }
 
+  /// In whose sections snapshots stay.
+  srcu_domain& domain() const noexcept { return domain_; }
   /// Returns: the slots now. Context: inside a read section of the domain, or under the MMU lock; valid as long.
   const memslot_snapshot& current() const noexcept {
     return *current_.load(std::memory_order_acquire);  // (ms1) pairs with (ms2)
@@ -190,8 +195,11 @@ class memslots {
   static errc check(const memslot_snapshot& s, const memslot_config& c, const memslot* except) noexcept {
     if (c.pages == 0 || c.pages > frame_limit || c.base.value > frame_limit - c.pages) return errc::bad_range;
     if (c.host.offset() != 0 || c.host.value > UINTPTR_MAX - (c.pages << page_shift)) return errc::bad_range;
-    for (const memslot* slot : s.slots()) {
-      if (slot != except && c.base < slot->config().end() && slot->config().base < c.end()) return errc::overlap;
+    const auto all = s.slots();
+    const auto ends_before = [](const memslot* a, gfn f) { return a->config().end() <= f; };
+    for (auto i = std::lower_bound(all.begin(), all.end(), c.base, ends_before); i != all.end(); ++i) {
+      if ((*i)->config().base >= c.end()) break;
+      if (*i != except) return errc::overlap;
     }
     return errc::ok;
   }
@@ -203,12 +211,14 @@ class memslots {
     if (next == nullptr) return next;
     next->slots_.reset(new (std::nothrow) memslot*[old.count_ + 1]);
     if (next->slots_ == nullptr) return nullptr;
+    if (!next->by_host_.succeed(old.by_host_, going, coming)) return nullptr;
     for (memslot* s : old.slots()) {
+      if (coming != nullptr && coming->config().base < s->config().base) {
+        next->slots_[next->count_++] = std::exchange(coming, nullptr);
+      }
       if (s != going) next->slots_[next->count_++] = s;
     }
     if (coming != nullptr) next->slots_[next->count_++] = coming;
-    std::sort(next->slots_.get(), next->slots_.get() + next->count_,
-              [](const memslot* a, const memslot* b) { return a->config().base < b->config().base; });
     next->generation_ = old.generation_ + 1;
     return next;
   }

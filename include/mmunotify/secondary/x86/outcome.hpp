@@ -62,6 +62,8 @@ struct mmu_statistics {
   std::uint64_t fast_writes = 0;      ///< leaves that were made writable without the MMU lock
   std::uint64_t large = 0;            ///< leaves installed that map 2 MiB or 1 GiB
   std::uint64_t roots_reused = 0;     ///< changes of CR3 or of the role to a root that was still known
+  std::uint64_t prefetched = 0;       ///< leaves installed beside the one that a fault was for
+  std::uint64_t split = 0;            ///< large leaves replaced by smaller ones that map the same
 };
 
 /// The counters behind it. Relaxed: they order nothing.
@@ -83,6 +85,8 @@ class mmu_counters {
     fast_writes,
     large,
     roots_reused,
+    prefetched,
+    split,
     counters
   };
 
@@ -91,7 +95,8 @@ class mmu_counters {
     const auto get = [&](counter c) { return values_[c].load(std::memory_order_relaxed); };
     return {get(faults),          get(retries),        get(installs),     get(zapped),     get(flushes),
             get(write_protected), get(tracked_writes), get(pages_zapped), get(downgraded), get(replaced),
-            get(resynced),        get(mmio_hits),      get(fast_writes),  get(large),      get(roots_reused)};
+            get(resynced),        get(mmio_hits),      get(fast_writes),  get(large),      get(roots_reused),
+            get(prefetched),      get(split)};
   }
 
  private:

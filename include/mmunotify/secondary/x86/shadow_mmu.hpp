@@ -61,28 +61,17 @@
 #include <mmunotify/secondary/x86/fault.hpp>
 #include <mmunotify/secondary/x86/follow.hpp>
 #include <mmunotify/secondary/x86/memslots.hpp>
+#include <mmunotify/secondary/x86/options.hpp>
 #include <mmunotify/secondary/x86/outcome.hpp>
 #include <mmunotify/secondary/x86/shadow_modes.hpp>
 #include <mmunotify/secondary/x86/shadow_tables.hpp>
+#include <mmunotify/secondary/x86/split.hpp>
 #include <mmunotify/secondary/x86/tlb.hpp>
 #include <mmunotify/secondary/x86/vcpu.hpp>
 #include <mmunotify/secondary/x86/verify.hpp>
 
 MMUNOTIFY_BEGIN_NAMESPACE
 namespace x86 {
-
-/// What an owner may want otherwise.
-struct mmu_options {
-  /// How many shadow pages (9 KiB each) to keep; the oldest go first.
-  std::size_t max_pages = 4096;
-  /// Brackets with these events withdraw write access and nothing else: frames stay where they are, reads stay allowed.
-  /// So Linux raises them (copy on write, write-back, soft-dirty). An mprotect may forbid reads as well: a primary that
-  /// never does that may add protection_vma.
-  event_set downgrades{event::protection_page, event::soft_dirty};
-  /// The guest writes its lowest-level tables freely, and their shadows follow when it flushes: see unsync.hpp. Else
-  /// each write to one comes back as outcome::write_tracked.
-  bool unsync = false;
-};
 
 /// Modes: the paging mode of its guest, or every_mode.
 template <frame_provider Provider, shadowed_modes Modes = long_mode_4>
@@ -96,10 +85,11 @@ class shadow_mmu {
   explicit shadow_mmu(Provider& provider, const mmu_options& o = {}) noexcept
       : provider_(provider),
         downgrades_(o.downgrades),
+        eager_split_(o.eager_split),
         slots_(gate_.domain()),
         tables_(slots_, gate_, counters_, o.max_pages),
         follows_({provider, slots_, window_, tables_.lock()}, tables_, counters_),
-        faults_({provider, slots_, window_, tables_.lock()}, tables_, counters_, o.unsync) {}
+        faults_({provider, slots_, window_, tables_.lock()}, tables_, counters_, o) {}
   shadow_mmu(const shadow_mmu&) = delete;
   shadow_mmu& operator=(const shadow_mmu&) = delete;
   /// Precondition (K6): the owner has destroyed the vCPUs; checked always.
@@ -128,10 +118,12 @@ class shadow_mmu {
   // --- What the guest writes. Context: as for slots. ----------------------------------------------------------------
 
   /// Effects: writes to the slot are logged from now on, in this way, or no longer (dirty_log.hpp); ring: places of the
-  /// ring, for a log by write protection; 0: none. Errors: not_registered (no such slot), bad_range (a ring for another
-  /// log), no_memory; nothing is changed then.
+  /// ring, for a log by write protection; 0: none. With mmu_options::eager_split, large leaves are split before that.
+  /// Errors: not_registered (no such slot), bad_range (a ring for another log), no_memory; nothing is changed then, but
+  /// for what was split.
   errc log_writes(unsigned id, dirty_tracking how, std::uint64_t ring = 0) noexcept {
     if (ring != 0 && how != dirty_tracking::write_protect) return errc::bad_range;
+    if (eager_split_ && how != dirty_tracking::off) split_large(id);
     return slots_.set_log(id, how, ring, tables_.lock(), [this](memslot& s) noexcept {
       follow_log(tables_, s);
       tables_.commit();
@@ -152,20 +144,13 @@ class shadow_mmu {
     return errc::ok;
   }
 
-  /// What a ring has given.
-  struct written_frames {
-    errc error = errc::ok;  ///< again: the ring had no place for some frames: harvest_writes, once
-    std::size_t count = 0;
-  };
   /// Effects: out[0] and on are frames of the slot that were written since they were harvested last; they count as
   /// clean from now on. Cost: what was written. Errors: not_registered (no such slot), disabled (it keeps no ring),
   /// again; the log is as before then.
   written_frames harvest_ring(unsigned id, std::span<gfn> out) noexcept {
     const std::lock_guard locked{tables_.lock()};
     memslot* const slot = memslots::find_id(slots_.current(), id);
-    if (slot == nullptr) return {.error = errc::not_registered};
-    if (slot->log() == nullptr || slot->log()->ring() == nullptr) return {.error = errc::disabled};
-    if (slot->log()->ring()->overflowed()) return {.error = errc::again};
+    if (const errc e = ring_error(slot); e != errc::ok) return {.error = e};
     const written_frames found{.count = x86::harvest_ring(tables_, *slot, out)};
     tables_.commit();
     return found;
@@ -243,6 +228,15 @@ class shadow_mmu {
     }
   }
 
+  /// Effects: up to n tables that are there because the guest has executed parts of large leaves go; the next fault
+  /// decides anew (mmu_options::nx_huge). For the owner to do now and then, a few at a time. Returns: how many.
+  std::size_t recover_large(std::size_t n) noexcept {
+    const std::lock_guard locked{tables_.lock()};
+    const std::size_t done = tables_.zap_executed(n);
+    tables_.commit();
+    return done;
+  }
+
   /// Returns: the first broken invariant, or nullptr. Progress: blocking; looks at everything. Context: as the hooks.
   const char* verify() noexcept {
     const std::lock_guard locked{tables_.lock()};
@@ -282,6 +276,18 @@ class shadow_mmu {
  private:
   bool keeps_reads(const invalidation& i) const noexcept { return i.in_place || downgrades_.contains(i.event); }
 
+  /// Effects: the slot has no large leaves, as far as memory goes. A fault may make one meanwhile; the log zaps it.
+  void split_large(unsigned id) noexcept {
+    leaf_splitter splitter(tables_);
+    leaf_splitter::supply supply;
+    for (bool more = true; more && supply.fill();) {
+      const std::lock_guard locked{tables_.lock()};
+      memslot* const slot = memslots::find_id(slots_.current(), id);
+      more = slot != nullptr && slot->log() == nullptr && splitter.split_some(*slot, supply);
+      tables_.commit();
+    }
+  }
+
   /// What a change of the slots does under the MMU lock.
   auto updating() noexcept {
     return [this](memslot* going, std::uint64_t generation) noexcept {
@@ -294,6 +300,7 @@ class shadow_mmu {
   // In the order of destruction, last first: tables are taken down while slots and gate are there.
   Provider& provider_;
   const event_set downgrades_;
+  const bool eager_split_;
   mmu_counters counters_;
   mmu_window window_;   ///< every bracket
   mmu_window zapping_;  ///< those that take mappings down; for the self-check

@@ -142,11 +142,23 @@ struct alignas(shadow_page_alignment) shadow_page {
   /// The guest may have written the table since its entries were shadowed: what is here is what the guest's TLB would
   /// still hold. Level 1 only.
   bool unsync = false;
+  /// Of a direct page: it could be one large leaf, but for the guest's fetches from it.
+  bool executed = false;
   shadow_page* next_unsync = nullptr;
   shadow_page* next_in_bucket = nullptr;
   shadow_page* older = nullptr;
   shadow_page* newer = nullptr;
   shadow_page* next_spare = nullptr;
+
+  /// Effects: a page that is on stock becomes this one. Precondition: no entry is present.
+  void begin(gfn f, page_role r, std::uint64_t g, const directory_registers& of = {}) noexcept {
+    frame = f;
+    role = r;
+    registers = of;
+    unheard_writes = 0;
+    generation = g;
+    executed = false;
+  }
 
   struct entry_span {
     unsigned first = 0, last = 0;  ///< both included; first > last: none
@@ -196,16 +208,17 @@ static_assert(alignof(shadow_page) == shadow_page_alignment &&
                   std::size_t{entries_per_table} * 2 <= shadow_page_alignment,
               "an entry place must fit into one word");
 
-/// What one fault can need at most under the lock: a page per level, and a chunk for each link and for the leaf.
+/// What one fault can need at most under the lock: a page per level, and a chunk for each link, for the leaf, and for
+/// its seven neighbours.
 struct fault_stock {
-  static constexpr std::size_t enough = 5;
+  static constexpr std::size_t enough = 5, enough_chunks = enough + 7;
   stock<shadow_page> pages;
   stock<rmap_chunk> chunks;
 
-  bool full() const noexcept { return pages.size() >= enough && chunks.size() >= enough; }
+  bool full() const noexcept { return pages.size() >= enough && chunks.size() >= enough_chunks; }
   errc fill() noexcept {
     const errc e = pages.fill(enough);
-    return e != errc::ok ? e : chunks.fill(enough);
+    return e != errc::ok ? e : chunks.fill(enough_chunks);
   }
 };
 

@@ -90,11 +90,7 @@ class shadow_tables {
       return *known;
     }
     shadow_page& p = from.pages.pop();
-    p.frame = frame;
-    p.role = role;
-    p.registers = registers;
-    p.unheard_writes = 0;
-    p.generation = generation_;
+    p.begin(frame, role, generation_, registers);
     index_.insert(p);
     if (role.has_table()) {
       if (memslot* const s = slots().find(frame); s != nullptr) {
@@ -273,6 +269,15 @@ class shadow_tables {
     return true;
   }
 
+  /// Effects: up to n pages whose place a large leaf could take go, oldest first. Returns: how many.
+  std::size_t zap_executed(std::size_t n) noexcept {
+    const std::size_t before = index_.size();
+    index_.for_each([&](shadow_page& p) {
+      if (p.executed && before - index_.size() < n) zap_page(p);
+    });
+    return before - index_.size();
+  }
+
   /// Effects: no entry remembers MMIO. For the generation that an old entry would be taken for one of.
   void zap_mmio() noexcept {
     index_.for_each([&](shadow_page& p) {
@@ -337,13 +342,14 @@ class shadow_tables {
   void restock(fault_stock& into, fault_stock& surplus) noexcept {
     constexpr std::size_t keep = 64;
     into.pages.take_from(spare_pages_, fault_stock::enough);
-    into.chunks.take_from(spare_chunks_, fault_stock::enough);
+    into.chunks.take_from(spare_chunks_, fault_stock::enough_chunks);
     if (spare_pages_.size() > keep) surplus.pages.take_from(spare_pages_, spare_pages_.size() - keep);
     if (spare_chunks_.size() > keep) surplus.chunks.take_from(spare_chunks_, spare_chunks_.size() - keep);
   }
 
  private:
   friend class table_check;
+  friend class leaf_splitter;
 
   /// Effects: the page is empty, unlinked, nobody's root, and out of the index; its memory waits for the flush.
   void zap_page(shadow_page& p) noexcept {
