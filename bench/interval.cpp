@@ -446,10 +446,10 @@ int main(int argc, char** argv) {
     add_all<ours>(size, n);
     ratios::add("again/" + std::string(size) + "/ours_event_loop",
                 [n = n](benchmark::State& s) { again<ours_event_loop>(s, n); });
-#if MMUNOTIFY_BENCH_UCX
-    add<ucx>(size, n);
-#endif
   }
+#if MMUNOTIFY_BENCH_UCX
+  add<ucx>("1M", 1'000'000);
+#endif
   add_threads<tree>(1'000'000);
   add_threads<ours>(1'000'000);
   const int status = ratios::run(argc, argv);
