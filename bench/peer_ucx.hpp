@@ -5,8 +5,8 @@
 // unmapped memory by ucm_vm_munmap. It keeps its regions in a radix tree under a read-write lock; a region that is hit
 // leaves the cache, and is registered again by the next one who asks for it.
 //
-// No hooks are installed: memory is not really unmapped, and other cases are not to pay for it. All caches of the process
-// are told of everything, so there is one at a time.
+// No hooks are installed: memory is not really unmapped, and other cases are not to pay for it. All caches of the
+// process are told of everything, so there is one at a time.
 
 #include <cstdint>
 #include <cstdlib>

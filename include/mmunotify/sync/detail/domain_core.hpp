@@ -154,7 +154,8 @@ class domain_core : public callback_queue<Platform> {
   // --- Deferred callbacks. ------------------------------------------------------------------------------------------
 
   /// Effects: runs function(&head) once, after a grace period, in the worker or in drain(); callbacks of one domain run
-  /// in the order in which they were queued. Preconditions: the head is not queued (L6, checked); it stays until then,
+  /// in the order in which they were queued. Where they come in numbers the worker lets them collect for some 200 us,
+  /// unless somebody waits in barrier(). Preconditions: the head is not queued (L6, checked); it stays until then,
   /// and may be gone when the function returns. A forked child runs what is queued when it next calls or has a barrier,
   /// so a head must not lie on the stack of a thread that it does not have. Returns: ok; again if max_backlog are
   /// queued, no_slot: nothing has happened then. Progress: lock-free; the first one in the process starts the worker.

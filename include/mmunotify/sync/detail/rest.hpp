@@ -31,8 +31,8 @@ class rest {
   /// Effects: the worker does not rest until calm(), once for each. Context: anywhere.
   void hurry() noexcept {
     hurried_.fetch_add(one, std::memory_order_seq_cst);  // (k11) pairs with (k14), (k15)
-    if (resting_.load(std::memory_order_seq_cst) && !mutated(mutation::silent_barrier))
-      Platform::wake(hurried_);  // (k12) pairs with (k13)
+    if constexpr (mutated(mutation::silent_barrier)) return;
+    if (resting_.load(std::memory_order_seq_cst)) Platform::wake(hurried_);  // (k12) pairs with (k13)
   }
   void calm() noexcept { hurried_.fetch_sub(one, std::memory_order_relaxed); }
 

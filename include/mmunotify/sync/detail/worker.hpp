@@ -123,8 +123,7 @@ class worker {
   /// The child has no worker, unless it was the worker that forked, in a callback. The lists are made anew, since a
   /// thread that the child does not have may have been about to post.
   void after_fork_child(core* domains) noexcept {
-    // (k9) pairs with itself: this thread's own store, if it runs callbacks.
-    rests_.after_fork(runs_here() && state_.load(std::memory_order_acquire) == state::stand_in);
+    rests_.after_fork(runs_here() && state_.load(std::memory_order_relaxed) == state::stand_in);  // in a barrier
     if (!runs_here()) {
       runner_.store(0, std::memory_order_relaxed);
       state_.store(state::absent, std::memory_order_relaxed);

@@ -13,7 +13,7 @@
 //   heavy_available()   may heavy() be used? Decided once. If not, readers use full() instead of light().
 //   light() heavy() full() relax()
 //   wait(word, value)   sleeps while word == value, may return early; wake(word) wakes all sleepers
-//   wait_for(word, value, ns)   the same, for about so long at most
+//   wait_for(word, value, ns)   the same, for about so long at most, less than a second
 //   rest_ns, many       for how long the worker lets callbacks collect, after a round with so many
 //   slots, cells        how many domains there can be at a time, and how many open brackets a thread can have
 //   spins, expedited_spins   how often a grace period looks, with relax() between, before it sleeps
