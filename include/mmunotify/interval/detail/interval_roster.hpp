@@ -64,10 +64,10 @@ class interval_roster {
   /// waiting (C5). Errors: bad_range (empty or reversed), already_registered, no_memory, no_slot: nothing has changed.
   /// Progress: lock-free, but for the allocator. Context: anywhere but signal handlers, also in callbacks (C6).
   errc insert(interval& n, range_type r) noexcept {
+    if (const errc e = may_change(r); e != errc::ok) return e;
     // All three lines of it are about to be changed: one miss instead of three.
     __builtin_prefetch(&n.first_entry_, 1);
     __builtin_prefetch(&n.word_, 1);
-    if (const errc e = may_change(r); e != errc::ok) return e;
     if (!move(n, phase::idle, phase::joining)) return errc::already_registered;
     n.told_release_.store(false, std::memory_order_relaxed);
     const read_section s(context_.domain);

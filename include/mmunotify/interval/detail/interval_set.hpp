@@ -44,10 +44,12 @@ class interval_set : public interval_roster<Key> {
     std::uint64_t calls = 0;
     const entry* refused = nullptr;
     entry* last = nullptr;
+    bool several = false;
     for_audience(i, m.version(), [&](entry& e) {
+      several = last != nullptr;
+      last = &e;
       e.owner->word_.raise();
       ++calls;
-      last = &e;
       if (call_start(e, i, passes)) [[likely]]
         return true;
       if (i.blockable) [[unlikely]] {
@@ -63,7 +65,7 @@ class interval_set : public interval_roster<Key> {
     }
     observer.note(observe::occurrence::callback, calls);
     if (refused == nullptr) [[likely]] {
-      if (calls == 1) m.call_one(last);
+      if (!several) m.call_one(last);
       return true;
     }
     passes.finish_all(i);
