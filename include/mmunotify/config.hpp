@@ -139,6 +139,8 @@ enum class mutation : int {
   torn_key = 25,                   ///< a static key is on before every processor runs the changed code
   request_relaxed = 26,            ///< (d8)
   push_release_only = 27,          ///< (q1): who pushes a callback need not see what those before have counted
+  silent_barrier = 76,             ///< a barrier does not wake the worker from its rest
+  rests_asleep = 77,               ///< the worker sleeps where it should rest
   // notifier/, see tests/model/.
   audience_by_flag = 28,         ///< a bracket calls whoever is registered at the moment, at start and at end
   end_before_change = 29,        ///< the primary of the model ends its bracket before it changes its table

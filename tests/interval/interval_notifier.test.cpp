@@ -715,8 +715,11 @@ TEST_CASE("L1: after remove returns no callback runs; P2: a bracket in flight ge
     }
     void invalidate_range_end(const invalidation&) noexcept { ends.fetch_add(1); }
   } client;
+  recorder second;  // a bracket over one interval only does not look for it again
+  notifier_of other{second};
   std::optional<interval_notifier<slow>> iv;
   iv.emplace(client);
+  REQUIRE(space.set.insert(other, {0, page}) == errc::ok);
   REQUIRE(space.set.insert(*iv, {0, page}) == errc::ok);
   std::thread primary([&] { const auto b = space.invalidate({0, 1}); });
   wait_for(client.inside);
@@ -734,6 +737,8 @@ TEST_CASE("L1: after remove returns no callback runs; P2: a bracket in flight ge
   remover.join();
   { const auto b = space.invalidate({0, 1}); }
   CHECK(client.ends.load() == 1);
+  CHECK(second.starts == 2);
+  CHECK(space.set.remove(other) == errc::ok);
 }
 
 TEST_CASE("L1: destroying an interval before its removal is over is a contract failure") {

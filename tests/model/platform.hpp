@@ -29,6 +29,8 @@ struct platform {
   static constexpr std::size_t cells = 1;
   static constexpr int spins = Spins;
   static constexpr int expedited_spins = Spins;
+  static constexpr std::uint32_t rest_ns = 1;
+  static constexpr std::size_t many = 1;
 
   static bool heavy_available() noexcept { return true; }
   static void light() noexcept {
@@ -57,6 +59,10 @@ struct platform {
   static void yield() noexcept { wait_a_little(); }
 
   static void wait(const std::atomic<std::uint32_t>& word, std::uint32_t value) noexcept { sleep_while(word, value); }
+  /// As if it were for ever: who depends on the time is lost.
+  static void wait_for(const std::atomic<std::uint32_t>& word, std::uint32_t value, std::uint32_t) noexcept {
+    sleep_while(word, value);
+  }
   static void wake(const std::atomic<std::uint32_t>&) noexcept { wake_all(); }
 
   static std::byte* allocate_slab(std::size_t bytes) noexcept {

@@ -35,10 +35,26 @@ TEST_CASE("wait returns at once when the value has changed, and wake ends a wait
   CHECK(word.load() == 2);
 }
 
+TEST_CASE(
+    "a wait that is to last for so long at most ends by itself, at once when the value has changed, and when woken") {
+  std::atomic<std::uint32_t> word{1};
+  linux_platform::wait_for(word, 1, 1000);
+  linux_platform::wait_for(word, 0, 999'999'999);
+  std::thread sleeper([&] {
+    while (word.load(std::memory_order_acquire) == 1) linux_platform::wait_for(word, 1, 999'999'999);
+  });
+  let_others_run();
+  word.store(2, std::memory_order_release);
+  linux_platform::wake(word);
+  sleeper.join();
+  CHECK(word.load() == 2);
+}
+
 TEST_CASE("waiting and waking leave errno alone: they run in the caller's hot paths") {
   const std::atomic<std::uint32_t> word{1};
   errno = 77;
   linux_platform::wait(word, 0);
+  linux_platform::wait_for(word, 1, 1000);
   linux_platform::wake(word);
   CHECK(errno == 77);
 }

@@ -64,6 +64,8 @@ class alignas(64) flight_slot {
     version_.store(f.version, std::memory_order_release);  // (if5)
   }
   std::uint64_t version() const noexcept { return version_.load(std::memory_order_relaxed); }
+  /// Whom its start has called, if that was one; for its end.
+  void* only = nullptr;
   void free() noexcept {
     version_.store(0, std::memory_order_relaxed);
     life.free();

@@ -17,6 +17,7 @@ namespace detail {
 class flight_memo {
   static constexpr std::uint64_t has_version = 1;
   static constexpr std::uint64_t called_nobody = 2;
+  static constexpr std::uint64_t called_one = 4;  // with a slot
 
  public:
   constexpr flight_memo() noexcept = default;
@@ -24,13 +25,23 @@ class flight_memo {
   explicit constexpr flight_memo(std::uint64_t version) noexcept : word_(version << 2 | has_version) {}
 
   flight_slot* slot() const noexcept {
-    return (word_ & has_version) != 0 ? nullptr : reinterpret_cast<flight_slot*>(word_ & ~called_nobody);
+    return (word_ & has_version) != 0 ? nullptr : reinterpret_cast<flight_slot*>(word_ & ~(called_nobody | called_one));
   }
   std::uint64_t version() const noexcept { return (word_ & has_version) != 0 ? word_ >> 2 : slot()->version(); }
 
   /// Its start has called nobody, and so its end will not: the audience is the same.
   void call_nobody() noexcept { word_ |= called_nobody; }
   bool calls_nobody() const noexcept { return (word_ & called_nobody) != 0; }
+
+  /// Its start has called one only, and so will its end: no need to look for it again. Without a slot that is
+  /// forgotten.
+  void call_one(void* who) noexcept {
+    if ((word_ & has_version) != 0) return;
+    slot()->only = who;
+    word_ |= called_one;
+  }
+  /// Returns: nullptr if it must be looked for.
+  void* the_one() const noexcept { return (word_ & (has_version | called_one)) == called_one ? slot()->only : nullptr; }
 
   /// As a pointer's worth, never null, for who keeps it.
   void* to_pointer() const noexcept { return reinterpret_cast<void*>(static_cast<std::uintptr_t>(word_)); }

@@ -71,6 +71,9 @@ class interval_roster {
   /// Effects: the same in two halves. In between n cannot be removed or changed.
   errc join(interval& n, range_type r) noexcept {
     if (const errc e = may_change(r); e != errc::ok) return e;
+    // All three lines of it are about to be changed: one miss instead of three.
+    __builtin_prefetch(&n.first_entry_, 1);
+    __builtin_prefetch(&n.word_, 1);
     if (!move(n, phase::idle, phase::joining)) return errc::already_registered;
     n.told_release_.store(false, std::memory_order_relaxed);
     const read_section s(context_.domain);

@@ -44,7 +44,11 @@ class interval_set : public interval_roster<Key> {
     bool heard = false;
     std::uint64_t calls = 0;
     const entry* refused = nullptr;
+    entry* last = nullptr;
+    bool several = false;
     for_audience(i, m.version(), [&](entry& e) {
+      several = last != nullptr;
+      last = &e;
       e.owner->word_.raise();
       heard = true;
       calls += has_start_hook(e) ? 1 : 0;
@@ -62,8 +66,10 @@ class interval_set : public interval_roster<Key> {
       return true;
     }
     observer.note(observe::occurrence::callback, calls);
-    if (refused == nullptr) [[likely]]
+    if (refused == nullptr) [[likely]] {
+      if (!several) m.call_one(last);
       return true;
+    }
     passes.finish_all(i);
     call_ends<true>(i, m, observer, refused);
     return false;
@@ -222,7 +228,7 @@ class interval_set : public interval_roster<Key> {
   void call_ends(const invalidation_type& i, memo m, O& observer, const entry* up_to) noexcept {
     if (m.calls_nobody()) return context_.leave(m);
     std::uint64_t calls = 0;
-    for_audience(i, m.version(), [&](entry& e) {
+    const auto call = [&](entry& e) {
       interval& n = *e.owner;
       // First the word: in its end hook a client may fault again.
       if (Cancelled ? n.word_.cancel() : n.word_.lower()) [[unlikely]]
@@ -232,7 +238,13 @@ class interval_set : public interval_roster<Key> {
         n.operations_->end(n.client_, clipped(i, e.range));
       }
       return &e != up_to;
-    });
+    };
+    // What was called stays linked, and hears the bracket's version as before: it is the whole audience.
+    if (auto* const one = static_cast<entry*>(m.the_one()); one != nullptr) {
+      call(*one);
+    } else {
+      for_audience(i, m.version(), call);
+    }
     context_.leave(m);
     observer.note(observe::occurrence::callback, calls);
   }

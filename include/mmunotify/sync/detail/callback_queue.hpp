@@ -15,6 +15,7 @@
 // does not have any more. The second count is the last that the worker touches of a domain, in one step with the look
 // whether somebody waits: who sees it may destroy the domain.
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -41,6 +42,8 @@ class callback_queue : public grace_period_driver<Platform> {
 
   void configure(const srcu_options& o) noexcept {
     max_backlog_ = o.max_backlog;
+    enough_ = rest<Platform>::too_many;
+    if (max_backlog_ != 0) enough_ = std::min(enough_, (max_backlog_ + 1) / 2);
     schedule_ = o.schedule;
     context_ = o.context;
   }
@@ -52,7 +55,10 @@ class callback_queue : public grace_period_driver<Platform> {
       violated("L6", "srcu_domain::call", function == nullptr ? "the callback is null" : "the head is already queued");
       return errc::already_registered;
     }
-    if (!count_one(bound == 0 || bound > max_count ? max_count : bound)) return errc::again;
+    const std::size_t count = count_one(bound == 0 || bound > max_count ? max_count : bound);
+    if (schedule_ == nullptr && (count == 0 || count >= enough_)) [[unlikely]]
+      this->runtime_->work.rests().enough();
+    if (count == 0) return errc::again;
     if (!used_.load(std::memory_order_relaxed)) used_.store(true, std::memory_order_relaxed);
     // (q1) acq_rel pairs with (q2): what the caller did before happens before the callback; and with itself, also
     // through (q2): who pushes later has counted later, as far as a barrier after it can tell.
@@ -75,12 +81,14 @@ class callback_queue : public grace_period_driver<Platform> {
 
   // --- The counts. They wrap; what is queued at a time is bounded, so that differences mean something. --------------
 
-  bool count_one(std::size_t bound) noexcept {
+  /// Returns: how many are queued or run now, with this one; 0: there are `bound` without it.
+  std::size_t count_one(std::size_t bound) noexcept {
     while (true) {
       const std::uint32_t before = ran();  // first: the difference must not be negative
       std::uint32_t counted = queued_.load(std::memory_order_relaxed);
-      if ((counted - before) / one >= bound) return false;
-      if (queued_.compare_exchange_weak(counted, counted + one, std::memory_order_relaxed)) return true;
+      const std::size_t count = (counted - before) / one;
+      if (count >= bound) return 0;
+      if (queued_.compare_exchange_weak(counted, counted + one, std::memory_order_relaxed)) return count + 1;
     }
   }
   // (q5) acquire pairs with (q4): what the callbacks did.
@@ -120,9 +128,10 @@ class callback_queue : public grace_period_driver<Platform> {
 
   // --- The batch that waits for its grace period: for the worker under its mutex, or for who drains. ----------------
 
-  /// Takes what is queued, oldest first, and begins its grace period. Returns: true if that one lacks its fence.
-  bool begin_batch() noexcept {
-    if (batch_ == nullptr) take_incoming();
+  /// Takes what is queued, oldest first, and begins its grace period. taken: grows by how many. Returns: true if that
+  /// one lacks its fence.
+  bool begin_batch(std::size_t& taken) noexcept {
+    if (batch_ == nullptr) taken += take_incoming();
     unfenced_ = batch_ != nullptr ? this->begin_unfenced(target_) : 0;
     return unfenced_ != 0;
   }
@@ -152,7 +161,8 @@ class callback_queue : public grace_period_driver<Platform> {
   /// Returns: false if a section holds callbacks back, and a mark for it has been left.
   bool drain_batches(std::size_t& ran) noexcept {
     while (true) {
-      begin_batch();
+      std::size_t taken = 0;
+      begin_batch(taken);
       if (batch_ == nullptr) return true;
       if (advance_batch() != progress::over) {
         await_leavers();
@@ -178,15 +188,17 @@ class callback_queue : public grace_period_driver<Platform> {
     return n;
   }
 
-  /// Takes what is queued, oldest first, behind the batch.
-  void take_incoming() noexcept {
+  /// Takes what is queued, oldest first, behind the batch. Returns: how many.
+  std::size_t take_incoming() noexcept {
     srcu_head* list = incoming_.exchange(nullptr, std::memory_order_acquire);  // (q2) pairs with (q1)
     srcu_head* oldest_first = nullptr;
-    while (list != nullptr) oldest_first = std::exchange(list, std::exchange(list->next, oldest_first));
+    std::size_t taken = 0;
+    for (; list != nullptr; ++taken) oldest_first = std::exchange(list, std::exchange(list->next, oldest_first));
     srcu_head** end = &batch_;
     while (*end != nullptr) end = &(*end)->next;
     *end = oldest_first;
     target_ = this->next_grace_period();
+    return taken;
   }
 
   bool drains_here() const noexcept { return drainer_.load(std::memory_order_relaxed) == Platform::self(); }
@@ -220,6 +232,7 @@ class callback_queue : public grace_period_driver<Platform> {
   std::atomic<std::uint32_t> queued_{0};  ///< the first count
   std::atomic<std::uint32_t> ran_{0};     ///< the second, and whether somebody waits
   std::size_t max_backlog_ = 0;
+  std::size_t enough_ = 0;         ///< callbacks for which the worker does not rest any longer
   std::atomic<bool> used_{false};  ///< there has been a callback
   std::atomic<bool> draining_{false};
   std::atomic<std::uintptr_t> drainer_{0};

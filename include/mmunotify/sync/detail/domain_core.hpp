@@ -154,7 +154,8 @@ class domain_core : public callback_queue<Platform> {
   // --- Deferred callbacks. ------------------------------------------------------------------------------------------
 
   /// Effects: runs function(&head) once, after a grace period, in the worker or in drain(); callbacks of one domain run
-  /// in the order in which they were queued. Preconditions: the head is not queued (L6, checked); it stays until then,
+  /// in the order in which they were queued. Where they come in numbers the worker lets them collect for some 200 us,
+  /// unless somebody waits in barrier(). Preconditions: the head is not queued (L6, checked); it stays until then,
   /// and may be gone when the function returns. A forked child runs what is queued when it next calls or has a barrier,
   /// so a head must not lie on the stack of a thread that it does not have. Returns: ok; again if max_backlog are
   /// queued, no_slot: nothing has happened then. Progress: lock-free; the first one in the process starts the worker.
@@ -182,18 +183,14 @@ class domain_core : public callback_queue<Platform> {
     }
     if constexpr (mutated(mutation::early_barrier)) return synchronize();
     const std::uint32_t counted = this->queued_.load(std::memory_order_relaxed);
-    while (!this->has_run(counted)) {
-      if (this->schedule_ == nullptr) {
-        auto& work = this->runtime_->work;
-        work.start_or([&] { return this->has_run(counted); });
-        this->wait_until_run(counted, [&] { return work.runs_somewhere(); });
-      } else {
-        synchronize();
-        drain();
-        // Only while another thread drains: it may be held up by a callback.
-        this->wait_until_run(counted, [&] { return this->draining_.load(std::memory_order_seq_cst); });  // (q7)
-      }
-    }
+    if (this->has_run(counted)) return;
+    if (this->schedule_ == nullptr) return wait_for_worker(counted);
+    do {
+      synchronize();
+      drain();
+      // Only while another thread drains: it may be held up by a callback.
+      this->wait_until_run(counted, [&] { return this->draining_.load(std::memory_order_seq_cst); });  // (q7)
+    } while (!this->has_run(counted));
   }
 
   /// Effects: runs the callbacks that are due; for a domain with an executor. Returns: how many. When a section holds
@@ -273,11 +270,22 @@ class domain_core : public callback_queue<Platform> {
   friend runtime<Platform>;
   friend worker<Platform>;
 
+  /// Returns when all that the first count said have run; the domain may be gone then.
+  void wait_for_worker(std::uint32_t counted) noexcept {
+    auto& work = this->runtime_->work;
+    work.rests().hurry();
+    do {
+      work.start_or([&] { return this->has_run(counted); });
+      this->wait_until_run(counted, [&] { return work.runs_somewhere(); });
+    } while (!this->has_run(counted));
+    work.rests().calm();
+  }
+
   /// The worker's own thread cannot wait for the worker: in another domain's callback.
   void run_in_place() noexcept {
     while (true) {
       this->runtime_->work.forget(*this);
-      this->take_incoming();
+      static_cast<void>(this->take_incoming());
       if (this->batch_ == nullptr) return;
       this->wait_for_grace_period(this->target_, Platform::spins);
       this->run_batch();

@@ -9,6 +9,12 @@
 // not is marked; the last of them wakes the worker (domain_core, ordering w). So a sleeper in one domain does not delay
 // another (S7); a callback that takes long does, and a user whose callbacks do names an executor of their own.
 //
+// Callbacks that come one at a time are run at once. Where they come in numbers the worker collects: after a round that
+// takes many, and after a few rounds in any case, it rests (detail/rest.hpp). Who calls meanwhile wakes nobody, and
+// domains whose readers have not left are not marked: most will have when the worker looks again, and their sections
+// pay nothing. A round that is not followed by a rest leaves nothing unmarked; so the worker never sleeps but for marks
+// and kicks.
+//
 // Queues of domains: `pending_`, pushed to without a lock, and `active_`, `ready_`, under the mutex. A domain is in at
 // most one of them, and says so in `posted_`. Before the last callbacks of a domain run, it is in none: whoever waits
 // for them may destroy it. The mutex is not held while a callback runs. What is being run is kept in `running_`, not in
@@ -22,6 +28,7 @@
 
 #include <mmunotify/config.hpp>
 #include <mmunotify/sync/detail/callback.hpp>
+#include <mmunotify/sync/detail/rest.hpp>
 
 MMUNOTIFY_BEGIN_NAMESPACE
 
@@ -63,6 +70,9 @@ class worker {
     if (asleep_.load(std::memory_order_seq_cst)) Platform::wake(rounds_);  // (k6) pairs with (k7)
   }
 
+  /// Who waits for callbacks hurries until it has them; who finds many says so.
+  rest<Platform>& rests() noexcept { return rests_; }
+
   /// Returns: true once there is a thread; false if the system has none left, or somebody stands in for it.
   bool start() noexcept {
     // (k9) acquire pairs with (k10).
@@ -86,7 +96,7 @@ class worker {
         continue;
       }
       while (!done()) {
-        if (!round()) Platform::yield();
+        if (round() != next::at_once) Platform::yield();
       }
       runner_.store(0, std::memory_order_relaxed);
       state_.store(state::absent, std::memory_order_release);  // (k10) pairs with (k9)
@@ -113,6 +123,7 @@ class worker {
   /// The child has no worker, unless it was the worker that forked, in a callback. The lists are made anew, since a
   /// thread that the child does not have may have been about to post.
   void after_fork_child(core* domains) noexcept {
+    rests_.after_fork(runs_here() && state_.load(std::memory_order_relaxed) == state::stand_in);  // in a barrier
     if (!runs_here()) {
       runner_.store(0, std::memory_order_relaxed);
       state_.store(state::absent, std::memory_order_relaxed);
@@ -167,7 +178,9 @@ class worker {
       w.stopping_.store(true, std::memory_order_relaxed);
     }
     w.kick();
+    w.rests_.hurry();
     Platform::join(w.thread_);
+    w.rests_.calm();
     {
       const std::lock_guard lock(w.mutex_);
       w.stopping_.store(false, std::memory_order_relaxed);
@@ -183,7 +196,12 @@ class worker {
       // Before the look whether it shall stop, and at everything else that a kick may be about.
       const std::uint32_t seen = w.rounds_.load(std::memory_order_acquire);  // (k8) pairs with (k5)
       if (w.stopping_.load(std::memory_order_relaxed)) break;
-      if (w.round()) continue;
+      const next then = w.round();
+      if (then == next::rest) {
+        w.rests_.take();
+        w.prompt_ = prompt_rounds;
+      }
+      if (then != next::sleep) continue;
       w.asleep_.store(true, std::memory_order_seq_cst);         // (k7) pairs with (k6)
       if (w.rounds_.load(std::memory_order_seq_cst) == seen) {  // (k8) pairs with (k5)
         Platform::wait(w.rounds_, seen);
@@ -194,19 +212,28 @@ class worker {
     return nullptr;
   }
 
-  /// Returns: true if another round may find something to do at once.
-  bool round() noexcept {
+  enum class next : std::uint8_t {
+    at_once,  ///< another round may find something to do
+    rest,     ///< it may, after a rest
+    sleep,    ///< somebody will kick
+  };
+
+  next round() noexcept {
     bool busy = false;
+    bool collects = false;
+    bool open = false;
     {
       const std::lock_guard lock(mutex_);
       adopt_pending();
-      begin_batches();
+      collects = begin_batches();
       busy = sort_out();
-      if (mark_stuck()) busy = sort_out();
+      if (!collects && mark_stuck()) busy = sort_out();
+      open = active_ != nullptr;
     }
     const bool ran = run_ready();
+    if (collects && (ran || open)) return mutated(mutation::rests_asleep) ? next::sleep : next::rest;
     if (busy && !ran) Platform::yield();  // to who drives
-    return busy || ran;
+    return busy || ran ? next::at_once : next::sleep;
   }
 
   /// In the order in which they came.
@@ -219,13 +246,19 @@ class worker {
     *end = reversed;
   }
 
-  /// One fence for all grace periods that begin.
-  void begin_batches() noexcept {
+  /// One fence for all grace periods that begin. Returns: true if a rest shall follow.
+  bool begin_batches() noexcept {
+    std::size_t taken = 0;
     bool any = false;
-    for (core* d = active_; d != nullptr; d = d->next_work_) any |= d->begin_batch();
-    if (!any) return;
-    home_of(*active_).fence();
-    for (core* d = active_; d != nullptr; d = d->next_work_) d->batch_fenced();
+    for (core* d = active_; d != nullptr; d = d->next_work_) any |= d->begin_batch(taken);
+    if (any) {
+      home_of(*active_).fence();
+      for (core* d = active_; d != nullptr; d = d->next_work_) d->batch_fenced();
+    }
+    if (taken == 0 || rests_.hurried()) return false;
+    if (taken >= Platform::many || prompt_ == 0) return true;
+    --prompt_;
+    return false;
   }
 
   /// Moves the domains whose grace period is over to ready_. Returns: true if somebody else drives one just now.
@@ -263,10 +296,17 @@ class worker {
       any = true;
       while (srcu_head* const h = running_) {
         running_ = h->next;
+        fetch_early(running_);
         d->run(*h);
       }
     }
     return any;
+  }
+
+  /// A head, and what lies behind it: most likely what its callback looks at. They were queued long ago, elsewhere.
+  static void fetch_early(const srcu_head* h) noexcept {
+    __builtin_prefetch(h);
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(h) + 64));
   }
 
   /// Takes the callbacks of one domain, or what a worker left that a fork has taken away. Returns: the domain, or null.
@@ -293,6 +333,7 @@ class worker {
   std::atomic<bool> stopping_{false};
   std::atomic<state> state_{state::absent};
   std::atomic<std::uintptr_t> runner_{0};  ///< Platform::self() of whoever runs callbacks
+  rest<Platform> rests_;
   bool (*start_)(worker&) noexcept = nullptr;
 
   typename Platform::mutex mutex_;  ///< guards what follows; a leaf but for the domains' drivers, which it only tries
@@ -302,6 +343,8 @@ class worker {
   typename Platform::thread thread_{};
 
   // The worker's own.
+  static constexpr unsigned prompt_rounds = 4;
+  unsigned prompt_ = prompt_rounds;  ///< rounds of few callbacks before the next rest
   srcu_head* running_ = nullptr;
   core* running_of_ = nullptr;
 };

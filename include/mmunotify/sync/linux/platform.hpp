@@ -13,6 +13,8 @@
 //   heavy_available()   may heavy() be used? Decided once. If not, readers use full() instead of light().
 //   light() heavy() full() relax()
 //   wait(word, value)   sleeps while word == value, may return early; wake(word) wakes all sleepers
+//   wait_for(word, value, ns)   the same, for about so long at most, less than a second
+//   rest_ns, many       for how long the worker lets callbacks collect, after a round with so many
 //   slots, cells        how many domains there can be at a time, and how many open brackets a thread can have
 //   spins, expedited_spins   how often a grace period looks, with relax() between, before it sleeps
 //   allocate_slab(n)    n zeroed bytes, committed on first touch; nullptr if there are none; never given back
@@ -36,6 +38,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <mutex>
 
 #include <linux/futex.h>
@@ -58,6 +61,8 @@ struct linux_platform {
   static constexpr std::size_t cells = 4096;
   static constexpr int spins = 200;               ///< about 2 us of relax() before a grace period sleeps
   static constexpr int expedited_spins = 10'000;  ///< about 100 us
+  static constexpr std::uint32_t rest_ns = 200'000;
+  static constexpr std::size_t many = 32;
 
   /// Returns: true if the kernel grants private expedited membarriers to this process. Registers on the first call.
   static bool heavy_available() noexcept {
@@ -103,6 +108,13 @@ struct linux_platform {
   static void wait(const std::atomic<std::uint32_t>& word, std::uint32_t value) noexcept {
     const int saved = errno;
     ::syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+    errno = saved;
+  }
+
+  static void wait_for(const std::atomic<std::uint32_t>& word, std::uint32_t value, std::uint32_t ns) noexcept {
+    const int saved = errno;
+    const timespec most{.tv_sec = 0, .tv_nsec = static_cast<long>(ns)};
+    ::syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, &most, nullptr, 0);
     errno = saved;
   }
 
