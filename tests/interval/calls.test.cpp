@@ -211,7 +211,6 @@ TEST_CASE_TEMPLATE("P7: an interval is handed what exists in it, clipped, when b
   const auto first_walk = [&](auto&& visit) {
     ++walks;
     CHECK(iv.registered());
-    CHECK(primary.space.remove_async(iv) == errc::not_registered);  // not before it is complete
     CHECK(primary.space.resize(iv, {0, 1}) == errc::not_registered);
     CHECK_FALSE(iv.read_retry(iv.try_read_begin()));
     walk(visit);
@@ -236,6 +235,26 @@ TEST_CASE_TEMPLATE("P7: an interval is handed what exists in it, clipped, when b
   CHECK(primary.space.remove(iv) == errc::ok);
   CHECK(primary.space.remove(third) == errc::ok);
   CHECK(primary.space.barrier() == errc::ok);
+}
+
+TEST_CASE_TEMPLATE("L7: an interval that is removed while it is handed what exists goes when that is done", P,
+                   EVERY_PRIMARY) {
+  P primary;
+  replayed client;
+  interval_notifier<replayed> iv{client};
+  const auto walk = [&](auto&& visit) {
+    CHECK(primary.space.remove_async(iv) == errc::ok);
+    CHECK(primary.space.remove_async(iv) == errc::not_registered);
+    visit(mmunotify::range{0, page});
+    CHECK(iv.registered());
+  };
+  for (int i = 1; i <= 3; ++i) {
+    REQUIRE(primary.insert(iv, {0, page}, walk) == errc::ok);
+    CHECK(primary.space.barrier() == errc::ok);
+    CHECK_FALSE(iv.registered());
+    CHECK(client.existing.size() == static_cast<std::size_t>(i));
+    CHECK_FALSE(primary.space.armed());
+  }
 }
 
 TEST_CASE("P7: under a lock, what exists is handed out only to who shows that no bracket is in flight") {

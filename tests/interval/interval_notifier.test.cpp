@@ -688,6 +688,9 @@ TEST_CASE("L1: an interval that is removed under an open bracket gets its end, o
   interval_space space;
   counter c;
   notifier_of_counter iv{c};
+  counter beside;  // a bracket over one interval only does not look for it again
+  notifier_of_counter other{beside};
+  REQUIRE(space.set.insert(other, {0, page}) == errc::ok);
   REQUIRE(space.set.insert(iv, {0, page}) == errc::ok);
   auto open = space.invalidate({0, 1});
   CHECK(space.set.remove_async(iv) == errc::ok);
@@ -701,6 +704,9 @@ TEST_CASE("L1: an interval that is removed under an open bracket gets its end, o
   { const auto later = space.invalidate({0, 1}); }
   CHECK(c.starts.load() == 1);
   CHECK(c.ends.load() == 1);
+  CHECK(beside.starts.load() == 3);
+  CHECK(beside.ends.load() == 3);
+  CHECK(space.set.remove(other) == errc::ok);
 }
 
 TEST_CASE("L1: after remove returns no callback runs; P2: a bracket in flight gets its end first") {

@@ -55,6 +55,8 @@
 MMUNOTIFY_BEGIN_NAMESPACE
 namespace detail {
 template <address_key Key>
+class interval_phases;
+template <address_key Key>
 class interval_roster;
 template <address_key Key>
 class interval_set;
@@ -99,8 +101,9 @@ class [[nodiscard]] interval_turn {
 
 /// The part of an interval that does not depend on the client's type. The address is its identity: it does not move.
 ///
-///   idle --insert--> joining --> live --remove, remove_async--> leaving --> idle
-///                                live <--resize, split--> changing
+///   idle --insert--> joining --------------------------------------> live --remove, remove_async--> leaving --> idle
+///                       \--remove_async--> recalling --> recalled --insert's last step--> leaving
+///                                                                    live <--resize, split--> changing
 template <address_key Key>
 class basic_interval : srcu_head {  // for remove_async
  public:
@@ -184,12 +187,13 @@ class basic_interval : srcu_head {  // for remove_async
   void* client_pointer() const noexcept { return client_; }
 
  private:
+  friend class detail::interval_phases<Key>;
   friend class detail::interval_roster<Key>;
   friend class detail::interval_set<Key>;
   friend struct interval_probe;  // tests
 
   using entry = detail::interval_entry<Key>;
-  enum phase : std::uint8_t { idle, joining, live, changing, leaving };
+  enum phase : std::uint8_t { idle, joining, recalling, recalled, live, changing, leaving };
 
   /// Whether the filter lets the bracket through (P6). Neither the filter nor the bracket changes.
   [[gnu::always_inline]] bool wants(const basic_invalidation<Key>& i) const noexcept {

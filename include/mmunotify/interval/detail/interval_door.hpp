@@ -113,7 +113,7 @@ class interval_home : public interval_set<Key> {
       const read_section s(registry_.domain());
       if (!released()) existing(set_type::visitor_of(fresh, r));
     }
-    set_type::open(fresh);
+    this->open(fresh);
     return errc::ok;
   }
 

@@ -22,8 +22,8 @@
 #include <mmunotify/base/result.hpp>
 #include <mmunotify/config.hpp>
 #include <mmunotify/interval/detail/bucket_trie.hpp>
-#include <mmunotify/interval/detail/interval_context.hpp>
 #include <mmunotify/interval/detail/interval_entry.hpp>
+#include <mmunotify/interval/detail/interval_phases.hpp>
 #include <mmunotify/interval/interval_notifier.hpp>
 #include <mmunotify/sync/srcu_domain.hpp>
 
@@ -31,7 +31,17 @@ MMUNOTIFY_BEGIN_NAMESPACE
 namespace detail {
 
 template <address_key Key>
-class interval_roster {
+class interval_roster : protected interval_phases<Key> {
+  using base = interval_phases<Key>;
+  using base::claim;
+  using base::claim_removal;
+  using base::end_joining;
+  using base::give_up;
+  using base::move;
+  using base::recall;
+  using base::settle;
+  using typename base::phase;
+
  protected:
   using entry = interval_entry<Key>;
 
@@ -42,7 +52,7 @@ class interval_roster {
   /// The domain outlives the set. Brackets hold a section of it from before start to after end.
   /// gone: called when an asynchronous removal is over, after done(). Then the set lives on until it returns.
   explicit interval_roster(srcu_domain& domain, void (*gone)(interval_roster&) noexcept = nullptr) noexcept
-      : context_(domain), index_(domain), gone_(gone) {}
+      : base(domain), index_(domain), gone_(gone) {}
   /// Preconditions: nothing is registered (L1, checked); not inside a section or callback of the domain if intervals
   /// have been removed asynchronously: it waits for that.
   ~interval_roster() {
@@ -68,7 +78,7 @@ class interval_roster {
     if (e == errc::ok) open(n);
     return e;
   }
-  /// Effects: the same in two halves. In between n cannot be removed or changed.
+  /// Effects: the same in two halves. In between n cannot be changed; remove_async waits for the second half.
   errc join(interval& n, range_type r) noexcept {
     if (const errc e = may_change(r); e != errc::ok) return e;
     // All three lines of it are about to be changed: one miss instead of three.
@@ -78,14 +88,17 @@ class interval_roster {
     n.told_release_.store(false, std::memory_order_relaxed);
     const read_section s(context_.domain);
     if (const errc e = prepare(n.first_entry_, n, r); e != errc::ok) {
-      settle(n, phase::idle);
+      give_up(n);
       return e;
     }
     become_current(n, n.first_entry_);
     publish(n, n.first_entry_);
     return errc::ok;
   }
-  static void open(interval& n) noexcept { settle(n, phase::live); }
+  /// The second half. Callbacks may have come before it, and may have asked for the removal: that begins here.
+  void open(interval& n) noexcept {
+    if (!end_joining(n, phase::live)) begin_removal(n);
+  }
 
   /// Effects: waits for the brackets in flight that overlap n and do not know it. may_wait: there may be some; else the
   /// caller knows that there are none. Preconditions: between join and open; outside of sections, if it may wait.
@@ -117,21 +130,32 @@ class interval_roster {
   }
 
   /// Effects: the same, without waiting: done(n), if it is not null, is called as a callback of the domain when n is
-  /// free; it may insert or destroy it. Errors: not_registered. Progress: lock-free. Context: anywhere but signal
+  /// free; it may insert or destroy it. An insertion that has not returned, of which a callback may come first, goes
+  /// through, and begins the removal. Errors: not_registered. Progress: lock-free. Context: anywhere but signal
   /// handlers, also in callbacks, n's own too.
   errc remove_async(interval& n, void (*done)(interval&) noexcept = nullptr) noexcept {
-    if (!claim_removal(n)) return errc::not_registered;
+    while (true) {
+      std::uint8_t found = phase::live;
+      const errc e = claim(n, phase::leaving, found);
+      if (e == errc::ok) break;
+      if (found == phase::joining) {
+        const errc recalled = recall(n, done);
+        if (recalled != errc::again) return recalled;
+      } else if (e != errc::again) {
+        return e;
+      } else {
+        std::this_thread::yield();
+      }
+    }
     n.done_ = done;
-    kill_all(n);
-    if constexpr (mutated(mutation::interval_unlink_at_once)) return mark_later(&n), errc::ok;
-    return context_.domain.call_unbounded(n, &mark_later);
+    begin_removal(n);
+    return errc::ok;
   }
 
   /// Effects: n covers r from now on. Addresses in both ranges are covered all the time; a bracket over them may call n
   /// twice (each with its clip, and as many ends). Faults that have begun retry. The
   /// old range costs brackets over it a look until two grace periods have passed. Errors: bad_range, not_registered,
-  /// no_memory; again if another resizes or inserts it at the same time: nothing has changed. Progress, context: as
-  /// insert.
+  /// no_memory; again if another resizes it at the same time: nothing has changed. Progress, context: as insert.
   errc resize(interval& n, range_type r) noexcept {
     if (const errc e = may_change(r); e != errc::ok) return e;
     if (const errc e = claim(n, phase::changing); e != errc::ok) return e;
@@ -157,59 +181,25 @@ class interval_roster {
   /// Brackets may be in flight that have not looked for this set.
   void set_unknown(bool b) noexcept { unknown_.store(b, std::memory_order_release); }  // (id3) pairs with (id4)
 
-  interval_context context_;
+  using base::context_;
   bucket_trie<entry> index_;
 
  private:
-  using phase = typename interval::phase;
-
   void (*const gone_)(interval_roster&) noexcept;
   std::atomic<bool> unknown_{false};
 
   // --- Steps. -----------------------------------------------------------------------------------------------------
 
-  static bool move(interval& n, phase from, phase to) noexcept {
-    std::uint8_t expected = from;
-    // (in2) acquire pairs with (in1)
-    return n.phase_.compare_exchange_strong(expected, to, std::memory_order_acquire, std::memory_order_relaxed);
-  }
-  static void settle(interval& n, phase p) noexcept {
-    if (p == phase::idle) {
-      n.context_.store(nullptr, std::memory_order_relaxed);
-      n.set_.store(nullptr, std::memory_order_relaxed);  // it may go before the next insertion says another
-    }
-    n.phase_.store(p, std::memory_order_release);  // (in1) pairs with (in2)
-  }
-
   errc may_change(const range_type& r) noexcept {
     return r.empty() ? errc::bad_range : context_.domain.attach_this_thread();
   }
 
-  /// Returns: true if n is registered here, and ours to remove. A resize in the way is waited for: it takes no time; so
-  /// is the rest of an insertion, of which a callback may be the first to know.
-  bool claim_removal(interval& n) noexcept {
-    while (true) {
-      const errc e = claim(n, phase::leaving);
-      if (e != errc::again) return e == errc::ok;
-      std::this_thread::yield();
-    }
+  /// Precondition: leaving, by us, without waiting.
+  void begin_removal(interval& n) noexcept {
+    kill_all(n);
+    if constexpr (mutated(mutation::interval_unlink_at_once)) return mark_later(&n);
+    static_cast<void>(context_.domain.call_unbounded(n, &mark_later));
   }
-  /// Errors: not_registered, again if another changes it, or has not quite inserted it.
-  errc claim(interval& n, phase to) noexcept {
-    if (!is_here(n)) return errc::not_registered;
-    std::uint8_t found = phase::live;
-    // (in2) acquire pairs with (in1). What it found decides, and not a second look: it may be live again by then.
-    if (!n.phase_.compare_exchange_strong(found, to, std::memory_order_acquire, std::memory_order_acquire)) {
-      return found == phase::changing || found == phase::joining ? errc::again : errc::not_registered;
-    }
-    if (is_here(n)) return errc::ok;
-    n.phase_.store(phase::live, std::memory_order_release);  // (in1): it has moved to another set meanwhile
-    return errc::not_registered;
-  }
-  bool is_here(const interval& n) const noexcept {
-    return n.context_.load(std::memory_order_acquire) == &context_;  // (in2) pairs with (in1)
-  }
-
   /// The entry's place exists and stays.
   errc prepare(entry& e, interval& n, const range_type& r) noexcept {
     e.renew(n, r);
@@ -350,13 +340,13 @@ class interval_roster {
     spare_entry* const shorter = new_entry(n, low);
     if (shorter == nullptr || prepare(upper.first_entry_, upper, high) != errc::ok) {
       if (shorter != nullptr) abandon(*shorter);
-      settle(upper, phase::idle);
+      give_up(upper);
       return errc::no_memory;
     }
     upper.told_release_.store(false, std::memory_order_relaxed);
     become_current(upper, upper.first_entry_);
     publish(upper, upper.first_entry_);
-    settle(upper, phase::live);
+    open(upper);
     replace(n, *shorter);
     return errc::ok;
   }
