@@ -111,7 +111,8 @@ class gpu {
     for_each(c.range, [&](std::size_t p) {
       const pfn frame = c.frame + n++;
       if (is(gpu_mistake::change_entry_only_first) && n > 1) return;
-      const entry was = tlb_[p].present ? tlb_[p] : table_[p];
+      // What only the TLB has left is being invalidated by another bracket: it must not come back.
+      const entry was = table_[p];
       if (!is(gpu_mistake::change_entry_not_flushed)) tlb_[p] = {};
       if (!was.present && !is(gpu_mistake::change_entry_maps_unmapped)) return;
       table_[p] = {is(gpu_mistake::change_entry_keeps_old) ? was.frame : frame, true,
