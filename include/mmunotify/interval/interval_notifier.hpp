@@ -120,7 +120,7 @@ class basic_interval : srcu_head {  // for remove_async
   bool registered() const noexcept { return phase_.load(std::memory_order_acquire) != idle; }  // (in2) pairs with (in1)
 
   /// Effects: waits while a bracket overlaps the interval. Returns: what read_retry compares with. Preconditions:
-  /// registered (it may be removed or resized meanwhile, but not inserted anew); not inside a callback or an open
+  /// registered (it may be removed, resized, or inserted anew meanwhile); not inside a callback or an open
   /// bracket of the space, for which it might wait: that is a contract failure (L7) if it has to wait, and the result
   /// is one that always fails. Progress: wait-free if none overlaps, else blocking; it does not wait for brackets
   /// elsewhere (C2).
@@ -175,7 +175,7 @@ class basic_interval : srcu_head {  // for remove_async
     detail::interval_context* const c = context_.load(std::memory_order_acquire);  // (in2)
     if (c == nullptr) return {};
     const read_section s(c->domain);
-    return current_.load(std::memory_order_acquire)->range;  // (in2) pairs with (in1)
+    return is_in(*c) ? current_.load(std::memory_order_acquire)->range : basic_range<Key>{};  // (in2) pairs with (in1)
   }
 
   /// What it is told of; the range of it is not used.
@@ -236,8 +236,16 @@ class basic_interval : srcu_head {  // for remove_async
     linux_platform::wake(wakes_);
   }
 
+  /// Inside a section of the domain. Returns: true if it is registered there, and then its range stays until the
+  /// section ends: a removal takes the context back before its last grace period, and only then may it be inserted
+  /// anew.
+  bool is_in(const detail::interval_context& c) const noexcept {
+    return context_.load(std::memory_order_acquire) == &c;  // (in2) pairs with (in1)
+  }
+
   /// Waits for one of the brackets that overlap the interval and do not know it; if there is none, says so. seen: the
-  /// word before. Returns: false if it must not wait and would have to.
+  /// word before. Returns: false if it must not wait and would have to, or
+  /// if the interval has been removed.
   bool wait_for_strangers(detail::interval_context& c, std::uint64_t seen, bool may_wait) noexcept {
     std::uint64_t mark = beside_overflow_.load(std::memory_order_acquire);  // (in6) pairs with (in5)
     if (mark != 0) {
@@ -250,6 +258,7 @@ class basic_interval : srcu_head {  // for remove_async
     std::uint32_t life = 0;
     {
       const read_section s(c.domain);
+      if (!is_in(c)) return false;
       const entry& e = *current_.load(std::memory_order_acquire);  // (in2) pairs with (in1)
       if (!find_stranger(c, e, slot, life)) word_.clear_pending(seen);
     }

@@ -64,7 +64,7 @@ class interval_roster : protected interval_phases<Key> {
 
   /// Returns: the set that it is registered with; nullptr if it is not.
   static interval_roster* of(const interval& n) noexcept {
-    return n.registered() ? n.set_.load(std::memory_order_relaxed) : nullptr;
+    return n.registered() ? n.set_.load(std::memory_order_acquire) : nullptr;  // (in2): it may not have settled yet
   }
 
   /// Returns: true if nothing is linked. May be stale on arrival.
@@ -207,7 +207,7 @@ class interval_roster : protected interval_phases<Key> {
     return e.place != nullptr ? errc::ok : errc::no_memory;
   }
   void become_current(interval& n, entry& e) noexcept {
-    if (n.set_.load(std::memory_order_relaxed) != this) n.set_.store(this, std::memory_order_relaxed);
+    if (n.set_.load(std::memory_order_relaxed) != this) n.set_.store(this, std::memory_order_release);  // (in1)
     n.current_.store(&e, std::memory_order_release);         // (in1) pairs with (in2)
     n.context_.store(&context_, std::memory_order_release);  // (in1)
   }
@@ -253,6 +253,7 @@ class interval_roster : protected interval_phases<Key> {
       retire(static_cast<spare_entry&>(*current));
     }
     unlink(n.first_entry_);
+    n.context_.store(nullptr, std::memory_order_relaxed);  // before the last grace period: see basic_interval::is_in
   }
 
   // The steps of an asynchronous removal, each a callback of the domain. Marking and sweeping are two, so that one
@@ -272,8 +273,8 @@ class interval_roster : protected interval_phases<Key> {
     interval_roster& home = *n.set_.load(std::memory_order_relaxed);
     srcu_domain& domain = home.context_.domain;
     interval_roster* const told = home.gone_ != nullptr ? &home : nullptr;
-    home.unlink_all(n);  // with the last one the set may go
-    n.set_.store(told, std::memory_order_relaxed);
+    home.unlink_all(n);                             // with the last one the set may go
+    n.set_.store(told, std::memory_order_release);  // (in1)
     static_cast<void>(domain.call_unbounded(n, [](srcu_head* last) noexcept {
       auto& over = *static_cast<interval*>(last);
       const auto done = over.done_;
