@@ -9,7 +9,8 @@
 //
 //   near_miss   a page between two intervals            far_miss   a page far from all of them
 //   one_hit     a page of an interval                   again      the same, then removed and inserted anew
-//   all         one call over everything                pair       near misses and hits by two threads, on two halves
+//   all         one call over everything                pair       near misses by two threads, on two halves: among all,
+//               and among few, which the caches hold
 //   look_up, change   one near miss, or one insertion and removal, that begins while a call over everything is under
 //               way in another thread; the time is real, and a busy machine adds what it takes away
 //   churn       insertions and removals: by one thread, by two on two halves, and beside one that calls over everything
@@ -411,8 +412,11 @@ void add_all(const std::string& size, std::uint64_t n) {
 template <class Kind>
 void add_threads(std::uint64_t n) {
   const std::string me = Kind::name;
-  ratios::add("pair_" + me + "/one", [n](benchmark::State& s) { pair<Kind>(s, n); });
-  ratios::add("pair_" + me + "/two", [n](benchmark::State& s) { pair<Kind>(s, n); })->Threads(2);
+  for (const auto& [name, some] : {std::pair<std::string, std::uint64_t>{"", n}, {"_1k", 1000}}) {
+    const auto run = [some = some](benchmark::State& s) { pair<Kind>(s, some); };
+    ratios::add("pair_" + me + name + "/one", run);
+    ratios::add("pair_" + me + name + "/two", run)->Threads(2);
+  }
   ratios::add("churn_" + me + "/one", [n](benchmark::State& s) { churn<Kind>(s, n); })->UseRealTime();
   ratios::add("churn_" + me + "/two", [n](benchmark::State& s) { churn<Kind>(s, n); })->UseRealTime()->Threads(2);
   ratios::add("churn_" + me + "/beside", [n](benchmark::State& s) { churn_beside<Kind>(s, n); })->UseRealTime();
