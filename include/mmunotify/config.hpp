@@ -159,6 +159,8 @@ enum class mutation : int {
   interval_frozen_is_pinned = 46,     ///< an insertion may go into a node that is being unlinked
   interval_shrinks_first = 47,        ///< a resize takes the old range away before the new one is there
   interval_ignores_turns = 48,        ///< brackets do not wait for a fault's turn
+  interval_claim_unseen = 78,         ///< a removal that is late looks like one of the set that the interval is in now
+  interval_recall_lost = 79,          ///< an insertion does not look whether its removal was asked for
   // primary/
   write_to_shared = 50,         ///< a write to a shared frame goes to it, without a copy
   free_before_end = 51,         ///< frames are freed inside the bracket that takes them away

@@ -458,3 +458,21 @@ TEST_CASE_TEMPLATE("the space's observer counts the calls of intervals as those 
     CHECK(primary.space.remove(*n) == errc::ok);
   CHECK(primary.space.barrier() == errc::ok);
 }
+
+TEST_CASE("L4: an interval that one release has told is told by the next one, too, if a split brings it back") {
+  replayed client;
+  replayed other;
+  interval_notifier<replayed> upper{client};
+  interval_notifier<replayed> iv{other};
+  for (int i = 1; i <= 2; ++i) {
+    tracked_primary primary;
+    REQUIRE(primary.insert(iv, {0, 2 * page}) == errc::ok);
+    REQUIRE(primary.space.split(iv, page, upper) == errc::ok);
+    CHECK(primary.space.release() == errc::ok);
+    CHECK(client.releases.load() == i);
+    CHECK(other.releases.load() == i);
+    CHECK(primary.space.remove(upper) == errc::ok);
+    CHECK(primary.space.remove(iv) == errc::ok);
+    CHECK(primary.space.barrier() == errc::ok);
+  }
+}

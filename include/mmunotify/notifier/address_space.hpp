@@ -256,7 +256,8 @@ class address_space {
   }
   /// The same, and hands n's client what is mapped already, as register_subscriber does: existing(visit) is called
   /// once, while no bracket is in flight, and the client's existing_range gets what lies in r, clipped. Until the call
-  /// returns, n can be neither removed nor changed (not_registered). A resize or split hands out nothing.
+  /// returns, n can be neither changed nor removed (not_registered), but by remove_async, which lets it go through, and
+  /// takes n away then. A resize or split hands out nothing.
   template <class Interval, class Lock, std::invocable<basic_range_visitor<key>> Existing>
     requires detail::is_under<Arming>
   errc insert(Interval& n, range_type r, const Lock& held, Existing&& existing) noexcept {
@@ -281,8 +282,9 @@ class address_space {
   errc remove(Interval& n) noexcept {
     return detail::interval_door<key, Interval>::remove(this, n);
   }
-  /// Effects: the same without waiting; done(n), if it is not null, is called when n is free, in the library's worker.
-  /// Errors: not_registered. Context: anywhere, also in n's own callbacks. Before the space goes: barrier().
+  /// Effects: the same without waiting; done(n), if it is not null, is called when n is free, in the library's worker:
+  /// it may insert or destroy n. An insertion that has not returned goes through, and begins the removal. Errors:
+  /// not_registered. Context: anywhere, also in n's own callbacks. Before the space goes: barrier().
   template <class Interval>
   errc remove_async(Interval& n, void (*done)(basic_interval<key>&) noexcept = nullptr) noexcept {
     return detail::interval_door<key, Interval>::remove_async(this, n, done);

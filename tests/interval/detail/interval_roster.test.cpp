@@ -153,6 +153,24 @@ TEST_CASE("L7: a callback that comes before the insertion has returned removes t
   CHECK(missed == 0);
 }
 
+TEST_CASE("L1: while a section that has found an interval's range is open, the interval does not become free") {
+  interval_space space;
+  nobody client;
+  interval_notifier<nobody> iv{client};
+  int freed = 0;
+  for (int i = 0; i < 3000; ++i) {
+    REQUIRE(space.set.insert(iv, {0, page}) == errc::ok);
+    REQUIRE(space.set.remove_async(iv) == errc::ok);
+    while (iv.registered()) {
+      const basic_read_section s(space.domain);
+      if (iv.range().empty()) continue;
+      let_others_run();
+      if (!iv.registered()) ++freed;
+    }
+  }
+  CHECK(freed == 0);
+}
+
 TEST_CASE("L6: an insertion that runs out of memory, wherever, changes nothing") {
   // Ranges of different classes, so that each has the whole way to its leaf to make.
   for (const range r : {range{0x1000, 0x2000}, range{0x40000000, 0x80000000}, range{7, 8}}) {

@@ -38,7 +38,6 @@ class interval_roster : protected interval_phases<Key> {
   using base::end_joining;
   using base::give_up;
   using base::move;
-  using base::recall;
   using base::settle;
   using typename base::phase;
 
@@ -78,7 +77,7 @@ class interval_roster : protected interval_phases<Key> {
     if (e == errc::ok) open(n);
     return e;
   }
-  /// Effects: the same in two halves. In between n cannot be changed; remove_async waits for the second half.
+  /// Effects: the same in two halves. In between n cannot be changed; the second half begins a removal that came.
   errc join(interval& n, range_type r) noexcept {
     if (const errc e = may_change(r); e != errc::ok) return e;
     // All three lines of it are about to be changed: one miss instead of three.
@@ -134,22 +133,10 @@ class interval_roster : protected interval_phases<Key> {
   /// through, and begins the removal. Errors: not_registered. Progress: lock-free. Context: anywhere but signal
   /// handlers, also in callbacks, n's own too.
   errc remove_async(interval& n, void (*done)(interval&) noexcept = nullptr) noexcept {
-    while (true) {
-      std::uint8_t found = phase::live;
-      const errc e = claim(n, phase::leaving, found);
-      if (e == errc::ok) break;
-      if (found == phase::joining) {
-        const errc recalled = recall(n, done);
-        if (recalled != errc::again) return recalled;
-      } else if (e != errc::again) {
-        return e;
-      } else {
-        std::this_thread::yield();
-      }
-    }
-    n.done_ = done;
-    begin_removal(n);
-    return errc::ok;
+    bool ours = false;
+    const errc e = claim_removal(n, done, ours);
+    if (ours) begin_removal(n);
+    return e;
   }
 
   /// Effects: n covers r from now on. Addresses in both ranges are covered all the time; a bracket over them may call n
