@@ -27,7 +27,7 @@ inline constexpr std::uint64_t ept_all = epte::read | epte::write | epte::execut
 inline constexpr std::uint64_t npt_all = pte::present | pte::writable | pte::user;
 inline constexpr std::uint64_t npt_used = npt_all | pte::accessed | pte::dirty;
 
-struct nested_machine : machine_of<x86::no_paging> {
+struct nested_machine : machine_of<x86::no_paging, x86::no_paging, prefetching_host> {
   using nested_cpu = x86::nested_vcpu<mmu_type>;
 
   bool npt = false;

@@ -117,7 +117,7 @@ class nested_vcpu {
     mmu_.synchronise(state_);
   }
 
-  // --- L2's registers. They are independent of L1's tables, which may be entered before or after. -------------------
+  // --- L2's registers. But for PDPTEs they are independent of L1's tables, which may be entered before or after. ------
 
   const walk_context& registers() const noexcept { return l2_; }
   paging mode() const noexcept { return mode_; }
@@ -126,9 +126,10 @@ class nested_vcpu {
   void set_pkru(std::uint32_t rights) noexcept { l2_.pkru = rights; }
   void set_pkrs(std::uint32_t rights) noexcept { l2_.pkrs = rights; }
 
-  /// Effects: L2 has these registers; in PAE paging it loads its PDPTEs, from its physical memory. CPL, AC as before.
-  /// Returns: done; general_protection (check_registers, a CR3 beyond the width, a reserved bit in a PDPTE); or why the
-  /// PDPTEs cannot be read. Nothing is changed then.
+  /// Effects: L2 has these registers; in PAE paging under EPT it loads its PDPTEs, from its physical memory, whatever
+  /// has changed. CPL, AC as before. Returns: done; general_protection (check_registers, a CR3 beyond the width, a
+  /// reserved bit in a PDPTE); or why the PDPTEs cannot be read: `inactive`, if no tables have been entered. Nothing is
+  /// changed then.
   nested_outcome set_controls(const control_registers& next, const processor& p = {}) noexcept {
     if (check_registers(next, p) != errc::ok || (next.cr3 & bit_range(p.maxphyaddr, 63)) != 0) {
       return {.what = nested_outcome::general_protection};
@@ -136,7 +137,7 @@ class nested_vcpu {
     walk_context c = context_of(next, p);
     c.cpl = l2_.cpl;
     c.ac = l2_.ac;
-    if (mode_of(next) == paging::pae) {
+    if (mode_of(next) == paging::pae && tables_.what == nested_pointer::ept) {
       const nested_outcome o = run(false, [&](view& memory) noexcept -> nested_outcome {
         memory.loads_registers = true;
         const pdpte_load loaded = x86::load_pdptes(memory, c);
@@ -269,7 +270,7 @@ class nested_vcpu {
   /// L2's walk, and the page that it leads to. Context: guest mode.
   template <class F>
   nested_outcome attempt(view& memory, gva a, x86::access how, F& f) noexcept {
-    return visit_mode(mode_, [&]<class Mode>(std::type_identity<Mode>) noexcept -> nested_outcome {
+    const auto walk_in = [&]<class Mode>(std::type_identity<Mode>) noexcept -> nested_outcome {
       const walk_result w = guest_walker<Mode>(l2_).walk(memory, a, how);
       switch (w.status) {
         case walk_status::ok: return reach(memory, {w.address.value}, how, f);
@@ -278,7 +279,10 @@ class nested_vcpu {
         case walk_status::memory_error: break;
       }
       return {.what = nested_outcome::again};
-    });
+    };
+    if (mode_ == paging::pae && tables_.what == nested_pointer::npt)
+      return walk_in(std::type_identity<pae_under_npt>{});
+    return visit_mode(mode_, walk_in);
   }
   template <class F>
   nested_outcome reach(view& memory, l2_gpa a, x86::access how, F& f) noexcept {
