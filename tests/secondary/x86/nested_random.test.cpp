@@ -88,9 +88,9 @@ struct random_nest {
       if (large || level == 1) e |= chance(97) ? epte::write_back : below(8) << 3;
     }
     const std::uint64_t flipped = chance(1) ? e | std::uint64_t{1} << below(64) : e;
-    // What is no table of L1's stays none: it is written unseen.
-    const std::uint64_t frame = (flipped & pte::address) >> page_shift;
-    return level > 1 && !large && frame < slot_pages && !holds_second(frame) ? e : flipped;
+    // What is no table of L1's, or one of another level, does not become one: others write it, unseen.
+    const std::uint64_t moved = (flipped ^ e) & pte::address, frame = (flipped & pte::address) >> page_shift;
+    return level > 1 && !large && moved != 0 && frame < slot_pages ? e : flipped;
   }
   void write_second() {
     const unsigned level = 1 + static_cast<unsigned>(below(m.levels));

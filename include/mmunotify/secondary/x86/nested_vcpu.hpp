@@ -104,7 +104,7 @@ class nested_vcpu {
   bool active() const noexcept { return active_; }
   const nested_pointer& tables() const noexcept { return tables_; }
 
-  /// INVEPT (AMD: a flush of the ASID), of one context. Effects: what L1 has written to its tables before counts.
+  /// INVEPT (AMD: a flush of the ASID, or VMRUN with another one), of one context. Effects: what L1 has written to its tables before counts.
   /// Errors: see check_pointer; nothing is changed then.
   pointer_error invept(const nested_pointer& context) noexcept {
     if (const pointer_error e = check_pointer(context, can_); e != pointer_error::none) return e;
@@ -305,6 +305,10 @@ class nested_vcpu {
       return nested_outcome_of(exchange(m.where, memory.exchange), m, tables_);
     }
     const outcome reading = fault(m, access::read);
+    // L1 has changed its tables between the two: what it allows now is judged by the access as it is.
+    if (reading.what == outcome::page_fault || reading.what == outcome::general_protection) {
+      return {.what = nested_outcome::again};
+    }
     if (reading.what == outcome::done) pages.add(m.where, o.what == outcome::not_mapped);
     return nested_outcome_of(reading, m, tables_);
   }
