@@ -47,14 +47,6 @@ struct fixture : nested_machine {
 
 constexpr std::uint64_t by_linear = ept_exit::linear_valid;
 constexpr std::uint64_t to_page = ept_exit::linear_valid | ept_exit::translated;
-
-template <class F>
-void in_both_formats(F&& f) {
-  for (const bool npt : {false, true}) {
-    CAPTURE(npt);
-    f(npt);
-  }
-}
 }  // namespace
 
 TEST_CASE("a linear address of a nested guest reaches the host's frame through both sets of tables") {
@@ -252,7 +244,8 @@ TEST_CASE("a guest's tables in ROM, or lent read-only, are read, and keep their 
   }
 }
 
-TEST_CASE("a right that the hypervisor withdraws while its guest's table is read from ROM is reported as it was asked") {
+TEST_CASE(
+    "a right that the hypervisor withdraws while its guest's table is read from ROM is reported as it was asked") {
   fixture f(false, true);
   const gpa table = f.entries[1].page();
   f.start(x86::page_range(f.host_of(table)));
@@ -260,7 +253,7 @@ TEST_CASE("a right that the hypervisor withdraws while its guest's table is read
   f.end(x86::page_range(f.host_of(table)));
   f.host.keep = true;
   f.host.during_pin = [&](hva at, bool write) {
-    if (at != f.host_of(table) || write) return;
+    if (at != f.host_of(table) || !write) return;
     f.host.keep = false;
     f.set_second(1, 0, ept_all);
   };
@@ -361,8 +354,7 @@ TEST_CASE("a nested guest may be in any paging mode") {
       const std::uint64_t whole = f.read64(second_15);
       CHECK(f.write64(second_15, 0) == errc::ok);
       const x86::walk_context before = f.l2.registers();
-      CHECK(f.l2.set_controls(r) ==
-            violation({0x15000}, ept_exit::read));
+      CHECK(f.l2.set_controls(r) == violation({0x15000}, ept_exit::read));
       CHECK(f.l2.registers().cr3 == before.cr3);
       CHECK(f.l2.mode() == x86::paging::long_4);
       CHECK(f.write64(second_15, whole) == errc::ok);

@@ -32,10 +32,10 @@ struct random_nest {
   std::mt19937_64 random;
   bool npt, unsync;
   bool logging = false;
-  bool toggled = false;                            ///< the host made a page read-only, or writable, during the access
-  bool self = false;                               ///< what the walk marks changes its meaning: by the rules it may end otherwise
-  std::set<std::uint64_t> written;                 ///< frames of L1, since the last harvest
-  std::set<std::uint64_t> was_rom;                 ///< walks through these may have left no traces
+  bool toggled = false;             ///< the host made a page read-only, or writable, during the access
+  bool self = false;                ///< what the walk marks changes its meaning: by the rules it may end otherwise
+  std::set<std::uint64_t> written;  ///< frames of L1, since the last harvest
+  std::set<std::uint64_t> was_rom;  ///< walks through these may have left no traces
   std::vector<std::pair<gpa, bool>> used_entries;  ///< L1's entries that the access goes through; dirty as well
   std::array<std::uint64_t, 12> seen{};            ///< outcomes
   std::uint64_t freely = 0, harvested = 0;
@@ -153,10 +153,11 @@ struct random_nest {
   }
   /// Under EPT the PDPTEs are loaded now, and as plain reads; under NPT by each walk.
   void set_pae(nested_machine::nested_cpu& cpu, std::uint64_t cr0) {
-    const x86::control_registers r{.cr0 = cr0,
-                                   .cr3 = (chance(80) ? pdpte_table : below(l2_table_count)) << 12 | (chance(20) ? 32 : 0),
-                                   .cr4 = x86::cr4::pae,
-                                   .efer = chance(70) ? x86::efer::nxe : 0};
+    const x86::control_registers r{
+        .cr0 = cr0,
+        .cr3 = (chance(80) ? pdpte_table : below(l2_table_count)) << 12 | (chance(20) ? 32 : 0),
+        .cr4 = x86::cr4::pae,
+        .efer = chance(70) ? x86::efer::nxe : 0};
     std::array<std::uint64_t, 4> now{};
     nested_outcome expected;
     for (unsigned i = 0; i < 4 && !npt && expected.what == nested_outcome::done; ++i) {
@@ -368,7 +369,9 @@ struct random_nest {
     if (dice < 40) {
       std::uint64_t a = below(page_size / 8) * 8;
       for (unsigned l = 1; l <= 4; ++l)
-        a |= below(cpu.mode() == x86::paging::long_4 || cpu.mode() == x86::paging::pae ? 3 : l < 3 ? 6 : 1)
+        a |= below(cpu.mode() == x86::paging::long_4 || cpu.mode() == x86::paging::pae ? 3
+                   : l < 3                                                             ? 6
+                                                                                       : 1)
              << (12 + 9 * (l - 1));
       return do_access(cpu, gva{a});
     }
@@ -431,9 +434,8 @@ TEST_CASE("every access of a nested guest is what both sets of tables say at tha
   for (const std::size_t kind : {0U, 1U, 3U, 4U, 5U, 6U, 7U}) CHECK(seen[kind] > 20);
   CHECK(in_pae > 5);
   CHECK(sum.split > 5);
-  for (const std::uint64_t n : {freely, harvested, loaded, std::uint64_t{sum.large},
-                                std::uint64_t{sum.resynced}, std::uint64_t{sum.tracked_writes},
-                                std::uint64_t{sum.prefetched}}) {
+  for (const std::uint64_t n : {freely, harvested, loaded, std::uint64_t{sum.large}, std::uint64_t{sum.resynced},
+                                std::uint64_t{sum.tracked_writes}, std::uint64_t{sum.prefetched}}) {
     CHECK(n > 20);
   }
 }

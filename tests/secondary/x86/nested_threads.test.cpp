@@ -25,7 +25,7 @@ struct slow_provider {
   }
   /// Of the parts of large entries alone: after the last look before the lock.
   unsigned mapping_shift(hva) noexcept {
-    for (int i = 0; i < 4; ++i) std::this_thread::yield();
+    for (int i = 0; i < 40; ++i) std::this_thread::yield();
     return page_shift;
   }
   void unpin(pfn f) noexcept { primary.unpin(f); }

@@ -5,7 +5,8 @@
 // guest's (L2's) physical memory to its own by EPT (nested_ept.hpp) or by NPT.
 //
 // NPT is long-mode paging once more, and guest_walker does all of its walk: each access counts as a user's, with
-// CR0.WP=1, SMEP, SMAP and keys off, and NX as L1's EFER.NXE has it. A guest in PAE paging has no PDPTE registers there.
+// CR0.WP=1, SMEP, SMAP and keys off, and NX as L1's EFER.NXE has it. A guest in PAE paging has no PDPTE registers
+// there.
 //
 // Both are shadowed like tables of the guest's own (shadow_tables.hpp), in the same pages, by the same roles and
 // reverse mappings. The shadow entries say U for R; hardware_leaf gives what a processor would walk.

@@ -104,8 +104,8 @@ class nested_vcpu {
   bool active() const noexcept { return active_; }
   const nested_pointer& tables() const noexcept { return tables_; }
 
-  /// INVEPT (AMD: a flush of the ASID, or VMRUN with another one), of one context. Effects: what L1 has written to its tables before counts.
-  /// Errors: see check_pointer; nothing is changed then.
+  /// INVEPT (AMD: a flush of the ASID, or VMRUN with another one), of one context. Effects: what L1 has written to its
+  /// tables before counts. Errors: see check_pointer; nothing is changed then.
   pointer_error invept(const nested_pointer& context) noexcept {
     if (const pointer_error e = check_pointer(context, can_); e != pointer_error::none) return e;
     invept();
@@ -117,7 +117,8 @@ class nested_vcpu {
     mmu_.synchronise(state_);
   }
 
-  // --- L2's registers. But for PDPTEs they are independent of L1's tables, which may be entered before or after. ------
+  // --- L2's registers. But for PDPTEs they are independent of L1's tables, which may be entered before or after.
+  // ------
 
   const walk_context& registers() const noexcept { return l2_; }
   paging mode() const noexcept { return mode_; }
