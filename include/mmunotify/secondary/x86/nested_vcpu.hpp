@@ -117,8 +117,7 @@ class nested_vcpu {
     mmu_.synchronise(state_);
   }
 
-  // --- L2's registers. But for PDPTEs they are independent of L1's tables, which may be entered before or after.
-  // ------
+  // --- L2's registers: but for PDPTEs independent of L1's tables, which may be entered before or after. --------------
 
   const walk_context& registers() const noexcept { return l2_; }
   paging mode() const noexcept { return mode_; }
@@ -127,10 +126,9 @@ class nested_vcpu {
   void set_pkru(std::uint32_t rights) noexcept { l2_.pkru = rights; }
   void set_pkrs(std::uint32_t rights) noexcept { l2_.pkrs = rights; }
 
-  /// Effects: L2 has these registers; in PAE paging under EPT it loads its PDPTEs, from its physical memory, whatever
-  /// has changed. CPL, AC as before. Returns: done; general_protection (check_registers, a CR3 beyond the width, a
-  /// reserved bit in a PDPTE); or why the PDPTEs cannot be read: `inactive`, if no tables have been entered. Nothing is
-  /// changed then.
+  /// Effects: L2 has these registers; in PAE paging under EPT it loads its PDPTEs, whatever has changed. CPL, AC as
+  /// before. Returns: done; general_protection (check_registers, a CR3 beyond the width, a reserved bit in a PDPTE); or
+  /// why PDPTEs cannot be read (`inactive`: no tables are entered). Nothing is changed then.
   nested_outcome set_controls(const control_registers& next, const processor& p = {}) noexcept {
     if (check_registers(next, p) != errc::ok || (next.cr3 & bit_range(p.maxphyaddr, 63)) != 0) {
       return {.what = nested_outcome::general_protection};
@@ -281,9 +279,8 @@ class nested_vcpu {
       }
       return {.what = nested_outcome::again};
     };
-    if (mode_ == paging::pae && tables_.what == nested_pointer::npt)
-      return walk_in(std::type_identity<pae_under_npt>{});
-    return visit_mode(mode_, walk_in);
+    const bool in_memory = mode_ == paging::pae && tables_.what == nested_pointer::npt;
+    return in_memory ? walk_in(std::type_identity<pae_under_npt>{}) : visit_mode(mode_, walk_in);
   }
   template <class F>
   nested_outcome reach(view& memory, l2_gpa a, x86::access how, F& f) noexcept {
@@ -306,10 +303,8 @@ class nested_vcpu {
       return nested_outcome_of(exchange(m.where, memory.exchange), m, tables_);
     }
     const outcome reading = fault(m, access::read);
-    // L1 has changed its tables between the two: what it allows now is judged by the access as it is.
-    if (reading.what == outcome::page_fault || reading.what == outcome::general_protection) {
-      return {.what = nested_outcome::again};
-    }
+    // L1 has changed its tables between the two: the whole access is judged by what they say now.
+    if (reading.what == outcome::page_fault) return {.what = nested_outcome::again};
     if (reading.what == outcome::done) pages.add(m.where, o.what == outcome::not_mapped);
     return nested_outcome_of(reading, m, tables_);
   }
