@@ -91,6 +91,32 @@ TEST_CASE("K1: a bracket, or a change of L1's tables, between the look-up and th
   }
 }
 
+TEST_CASE("K2: an exchange does not go to a page that its frame has left, if only the slot has changed meanwhile") {
+  for (const bool npt : {false, true}) {
+    fixture f(npt);
+    // L2's table is in a slot of its own, which moves to another host page; no bracket says so, and L1's tables stay.
+    constexpr gpa apart{1000 * page_size};
+    constexpr hva before = ram_base + 40 * page_size, after = ram_base + 41 * page_size;
+    const tracked_exchange x{0, 0x20, 8};
+    REQUIRE(f.mmu.add_slot({.id = 2, .base = frame_of(apart), .pages = 1, .host = before}) == errc::ok);
+    f.second_map(a.page(), apart);
+    static_cast<void>(f.exchange(x));  // A and D of L1's entries are set
+    f.host.keep = true;
+    f.host.during_pin = [&](hva at, bool write) {
+      if (at != before || !write) return;
+      f.host.keep = false;
+      CHECK(f.mmu.remove_slot(2) == errc::ok);
+      CHECK(f.mmu.add_slot({.id = 2, .base = frame_of(apart), .pages = 1, .host = after}) == errc::ok);
+    };
+    const tracked_exchange next{0x20, 0x60, 8};
+    CHECK(f.exchange(next).what == outcome::again);
+    std::uint64_t old = 0;
+    std::memcpy(&old, f.host.bytes(before + a.offset()), sizeof old);
+    CHECK(old == 0x20);
+    CHECK(f.host.on_loan() == 0);
+  }
+}
+
 TEST_CASE("an exchange in a shadowed table of L1's takes down the shadow of that entry alone") {
   fixture f;
   const l2_gpa b{0x7000}, c{0x8000};

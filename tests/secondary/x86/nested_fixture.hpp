@@ -9,6 +9,8 @@
 
 #include <mmunotify/secondary/x86/nested_vcpu.hpp>
 
+#include <doctest/doctest.h>
+
 #include "shadow_fixture.hpp"
 
 namespace nested_test {
@@ -27,7 +29,7 @@ inline constexpr std::uint64_t ept_all = epte::read | epte::write | epte::execut
 inline constexpr std::uint64_t npt_all = pte::present | pte::writable | pte::user;
 inline constexpr std::uint64_t npt_used = npt_all | pte::accessed | pte::dirty;
 
-struct nested_machine : machine_of<x86::no_paging> {
+struct nested_machine : machine_of<x86::no_paging, x86::no_paging, prefetching_host> {
   using nested_cpu = x86::nested_vcpu<mmu_type>;
 
   bool npt = false;
@@ -120,5 +122,14 @@ inline nested_outcome npf(l2_gpa where, std::uint64_t info) {
   return {.what = nested_outcome::nested_page_fault, .info = info, .where = where};
 }
 inline nested_outcome elsewhere(nested_outcome::kind what, gpa address) { return {.what = what, .address = address}; }
+
+/// Calls f(false) for EPT, and f(true) for NPT.
+template <class F>
+void in_both_formats(F&& f) {
+  for (const bool npt : {false, true}) {
+    CAPTURE(npt);
+    f(npt);
+  }
+}
 
 }  // namespace nested_test

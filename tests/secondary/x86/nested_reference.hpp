@@ -3,10 +3,13 @@
 
 // The rules of a guest hypervisor's tables, EPT and NPT, written down one after the other, with none of the library's
 // code: what an access of the nested guest comes to, what the processor would say of it, and which entries it marks.
+// And a walk of the nested guest's own tables, which are wherever the reader says: reference_walk.hpp judges.
 
 #include <array>
 #include <cstdint>
 #include <vector>
+
+#include "reference_walk.hpp"
 
 namespace nested_test {
 
@@ -104,6 +107,64 @@ second_answer second_walk(const second_level& t, std::uint64_t a, bool reads, bo
     r.address = (e & 0xffffffffff000 & ~(size - 1)) | (a & (size - 1));
     return r;
   }
+}
+
+struct first_answer {
+  bool unreadable = false;  ///< the reader had no entry; what it knows is its own
+  walk_test::reference_outcome judged{};
+  struct mark {
+    std::uint64_t where = 0, value = 0;
+  };
+  std::vector<mark> marks;  ///< entries that the access changes, top down, and to what
+};
+
+/// A linear address of the nested guest. levels: as in reference_case. pdptes: of PAE, if they are in registers.
+/// read(its physical address, bytes, value&) -> bool.
+template <class Read>
+first_answer first_walk(const mmunotify::x86::walk_context& c, unsigned levels, std::uint64_t va,
+                        mmunotify::x86::access how, const std::array<std::uint64_t, 4>* pdptes, Read&& read) {
+  using walk_test::reference_outcome;
+  walk_test::reference_case k{.c = c, .how = how, .va = levels < 4 ? va & 0xffffffff : va, .levels = levels};
+  first_answer r;
+  std::array<std::uint64_t, 5> where{};
+  const unsigned bits = levels == 2 ? 10 : 9, bytes = levels == 2 ? 4 : 8;
+  std::uint64_t table = c.cr3 & (levels == 2 ? 0xfffff000 : levels == 3 ? 0xffffffe0 : 0xffffffffff000);
+  for (unsigned level = levels;; --level) {
+    // What is below is not known yet, and counts as not present: another answer than that is final.
+    r.judged = walk_test::reference_walk(k).run();
+    const bool above = level == levels || (k.entries[level] & 1) != 0;
+    if (r.judged.what != reference_outcome::page_fault || (r.judged.code & 1) != 0 || !above || level == 0) break;
+    const std::uint64_t index = k.va >> (12 + bits * (level - 1)) & ((1U << bits) - 1);
+    where[level - 1] = table + bytes * index;
+    if (levels == 3 && level == 3 && pdptes != nullptr) {
+      k.entries[2] = (*pdptes)[index];
+    } else if (!read(where[level - 1], bytes, k.entries[level - 1])) {
+      r.unreadable = true;
+      return r;
+    }
+    table = k.entries[level - 1] & (levels == 2 ? 0xfffff000 : 0xffffffffff000);
+  }
+  if (r.judged.what == reference_outcome::done) {
+    for (unsigned level = levels; level > 0; --level) {
+      if (r.judged.entries[level - 1] != k.entries[level - 1])
+        r.marks.push_back({where[level - 1], r.judged.entries[level - 1]});
+    }
+  }
+  if (r.judged.what == reference_outcome::bad_pdpte) {  // not in registers: the walk finds it
+    using mmunotify::x86::access;
+    r.judged.what = reference_outcome::page_fault;
+    r.judged.code = 1 | 8 | (how == access::write ? 2U : 0U) | (c.cpl == 3 ? 4U : 0U) |
+                    (how == access::fetch && (c.nxe || c.smep) ? 16U : 0U);
+  }
+  return r;
+}
+
+/// What a load of the PDPTEs from there comes to. Returns: false: #GP. Precondition: they can be read.
+inline bool may_be_loaded(const std::array<std::uint64_t, 4>& pdptes, unsigned width) {
+  for (const std::uint64_t e : pdptes) {
+    if (one(e, 0) && (any(e, 1, 2) || any(e, 5, 8) || any(e, width, 63))) return false;
+  }
+  return true;
 }
 
 }  // namespace nested_test

@@ -23,18 +23,25 @@ struct slow_provider {
     for (int i = 0; i < 4; ++i) std::this_thread::yield();
     return lease;
   }
+  /// Of the parts of large entries alone: after the last look before the lock.
+  unsigned mapping_shift(hva) noexcept {
+    for (int i = 0; i < 40; ++i) std::this_thread::yield();
+    return page_shift;
+  }
   void unpin(pfn f) noexcept { primary.unpin(f); }
   std::byte* data(pfn f) noexcept { return primary.data(f); }
 };
 
-/// L1's pages 0 to 39 are real memory. Pages 0 to 3: its EPT, which maps L2's page i to its own page i. Pages 4 to 7:
-/// L2's tables, which map its address `va` and on to its pages. The others are data.
+/// L1's pages 0 to 39 are real memory. Pages 0 to 3: its EPT, which maps L2's page i to its own page i, and once more
+/// by a large entry, from `twin` on. Pages 4 to 7: L2's tables, which map its address `va` and on to its pages. The
+/// others are data.
 struct real_nest {
   using primary_type = reference_mmu<>;
   using mmu_type = x86::shadow_mmu<slow_provider, x86::no_paging>;
   static constexpr std::uintptr_t base = 0x10000000;
   static constexpr std::uint64_t pages = 40;
   static constexpr gva va{0x400000};
+  static constexpr l2_gpa twin{0x200000};
 
   primary_type primary{256, 256};
   slow_provider provider{primary};
@@ -51,6 +58,7 @@ struct real_nest {
     CHECK(mmu.add_slot({.id = 1, .base = {0}, .pages = pages, .host = {base}}) == errc::ok);
     for (std::uint64_t i = 0; i < 3; ++i) put(i * page_size, (i + 1) * page_size | ept_all);
     for (std::uint64_t i = 0; i < pages; ++i) point(i, i);
+    put(2 * page_size + 8, ept_all | epte::write_back | epte::large);
     put(4 * page_size, 5 * page_size | rwu);
     put(5 * page_size, 6 * page_size | rwu);
     put(6 * page_size + 2 * 8, 7 * page_size | rwu);
@@ -99,8 +107,12 @@ struct storm {
       };
       const std::uint64_t offset = at * page_size + 8 * id;
       const x86::access how = write ? access::write : access::read;
-      const nested_outcome o =
-          random() % 2 == 0 ? l2.access(real_nest::va + offset, how, use) : l2.access(l2_gpa{offset}, how, use);
+      nested_outcome o;
+      switch (random() % 3) {
+        case 0: o = l2.access(real_nest::va + offset, how, use); break;
+        case 1: o = l2.access(l2_gpa{offset}, how, use); break;
+        default: o = l2.access(real_nest::twin + (frame * page_size + 8 * id), how, use);
+      }
       if (was_wrong) wrong.fetch_add(1);
       if (o.what == nested_outcome::done) {
         expected[frame] += write ? 1 : 0;

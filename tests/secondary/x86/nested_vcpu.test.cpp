@@ -29,14 +29,6 @@ struct fixture : nested_machine {
   }
   static range bytes_of(gpa p) { return x86::page_range(host_of(p)); }
 };
-
-template <class F>
-void in_both_formats(F&& f) {
-  for (const bool npt : {false, true}) {
-    CAPTURE(npt);
-    f(npt);
-  }
-}
 }  // namespace
 
 TEST_CASE("a nested access reaches the host's frame through the hypervisor's tables, and no fault follows the first") {

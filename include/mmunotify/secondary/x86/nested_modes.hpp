@@ -5,10 +5,14 @@
 // guest's (L2's) physical memory to its own by EPT (nested_ept.hpp) or by NPT.
 //
 // NPT is long-mode paging once more, and guest_walker does all of its walk: each access counts as a user's, with
-// CR0.WP=1, SMEP, SMAP and keys off, and NX as L1's EFER.NXE has it.
+// CR0.WP=1, SMEP, SMAP and keys off, and NX as L1's EFER.NXE has it. A guest in PAE paging has no PDPTE registers
+// there.
 //
 // Both are shadowed like tables of the guest's own (shadow_tables.hpp), in the same pages, by the same roles and
 // reverse mappings. The shadow entries say U for R; hardware_leaf gives what a processor would walk.
+//
+// Limits. NPT has the format that L1 itself runs with; an L1 in 32-bit paging, whose NPT is PAE or two-level, is not
+// served. Nor are encrypted memory, supervisor shadow stacks and guest-mode execute traps (GMET).
 //
 // References: Intel SDM vol. 3C, 25.6.11 (EPTP), 27.2.1.1 (its checks); AMD APM vol. 2, 15.25 (nested paging).
 
@@ -23,6 +27,7 @@
 #include <mmunotify/secondary/x86/entry.hpp>
 #include <mmunotify/secondary/x86/guest_walker.hpp>
 #include <mmunotify/secondary/x86/nested_ept.hpp>
+#include <mmunotify/secondary/x86/pae.hpp>
 #include <mmunotify/secondary/x86/page_role.hpp>
 #include <mmunotify/secondary/x86/shadow_page.hpp>
 
@@ -47,7 +52,15 @@ struct npt : long_mode<Levels> {
   }
 };
 
-static_assert(paging_mode<npt<4>> && paging_mode<npt<5>>);
+/// PAE paging of a guest under NPT: its PDPTEs are in its memory, and read and judged by each walk (APM 15.25.10).
+struct pae_under_npt : pae {
+  static constexpr bool top_in_registers = false;
+  static constexpr entry_type reserved(unsigned level, const entry_format& f) noexcept {
+    return level == 3 ? pae::reserved_pdpte(f) : pae::reserved(level, f);
+  }
+};
+
+static_assert(paging_mode<npt<4>> && paging_mode<npt<5>> && paging_mode<pae_under_npt>);
 
 /// What L1 is told that its processor can.
 struct nested_capabilities {

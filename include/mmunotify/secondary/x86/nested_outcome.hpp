@@ -70,7 +70,7 @@ struct nested_access {
   constexpr access asked() const noexcept { return judged_as_write ? access::write : how; }
 };
 
-/// What the fault path's answer is to a nested guest. marks: EPT keeps accessed and dirty bits.
+/// What the fault path's answer is to a nested guest: who gets what. tables: those that L1 has entered.
 constexpr nested_outcome nested_outcome_of(const outcome& o, const nested_access& a,
                                            const nested_pointer& tables) noexcept {
   switch (o.what) {

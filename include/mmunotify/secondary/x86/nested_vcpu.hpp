@@ -104,8 +104,8 @@ class nested_vcpu {
   bool active() const noexcept { return active_; }
   const nested_pointer& tables() const noexcept { return tables_; }
 
-  /// INVEPT (AMD: a flush of the ASID), of one context. Effects: what L1 has written to its tables before counts.
-  /// Errors: see check_pointer; nothing is changed then.
+  /// INVEPT (AMD: a flush of the ASID, or VMRUN with another one), of one context. Effects: what L1 has written to its
+  /// tables before counts. Errors: see check_pointer; nothing is changed then.
   pointer_error invept(const nested_pointer& context) noexcept {
     if (const pointer_error e = check_pointer(context, can_); e != pointer_error::none) return e;
     invept();
@@ -117,7 +117,7 @@ class nested_vcpu {
     mmu_.synchronise(state_);
   }
 
-  // --- L2's registers. They are independent of L1's tables, which may be entered before or after. -------------------
+  // --- L2's registers: but for PDPTEs independent of L1's tables, which may be entered before or after. --------------
 
   const walk_context& registers() const noexcept { return l2_; }
   paging mode() const noexcept { return mode_; }
@@ -126,9 +126,9 @@ class nested_vcpu {
   void set_pkru(std::uint32_t rights) noexcept { l2_.pkru = rights; }
   void set_pkrs(std::uint32_t rights) noexcept { l2_.pkrs = rights; }
 
-  /// Effects: L2 has these registers; in PAE paging it loads its PDPTEs, from its physical memory. CPL, AC as before.
-  /// Returns: done; general_protection (check_registers, a CR3 beyond the width, a reserved bit in a PDPTE); or why the
-  /// PDPTEs cannot be read. Nothing is changed then.
+  /// Effects: L2 has these registers; in PAE paging under EPT it loads its PDPTEs, whatever has changed. CPL, AC as
+  /// before. Returns: done; general_protection (check_registers, a CR3 beyond the width, a reserved bit in a PDPTE); or
+  /// why PDPTEs cannot be read (`inactive`: no tables are entered). Nothing is changed then.
   nested_outcome set_controls(const control_registers& next, const processor& p = {}) noexcept {
     if (check_registers(next, p) != errc::ok || (next.cr3 & bit_range(p.maxphyaddr, 63)) != 0) {
       return {.what = nested_outcome::general_protection};
@@ -136,7 +136,7 @@ class nested_vcpu {
     walk_context c = context_of(next, p);
     c.cpl = l2_.cpl;
     c.ac = l2_.ac;
-    if (mode_of(next) == paging::pae) {
+    if (mode_of(next) == paging::pae && tables_.what == nested_pointer::ept) {
       const nested_outcome o = run(false, [&](view& memory) noexcept -> nested_outcome {
         memory.loads_registers = true;
         const pdpte_load loaded = x86::load_pdptes(memory, c);
@@ -269,7 +269,7 @@ class nested_vcpu {
   /// L2's walk, and the page that it leads to. Context: guest mode.
   template <class F>
   nested_outcome attempt(view& memory, gva a, x86::access how, F& f) noexcept {
-    return visit_mode(mode_, [&]<class Mode>(std::type_identity<Mode>) noexcept -> nested_outcome {
+    const auto walk_in = [&]<class Mode>(std::type_identity<Mode>) noexcept -> nested_outcome {
       const walk_result w = guest_walker<Mode>(l2_).walk(memory, a, how);
       switch (w.status) {
         case walk_status::ok: return reach(memory, {w.address.value}, how, f);
@@ -278,7 +278,9 @@ class nested_vcpu {
         case walk_status::memory_error: break;
       }
       return {.what = nested_outcome::again};
-    });
+    };
+    const bool in_memory = mode_ == paging::pae && tables_.what == nested_pointer::npt;
+    return in_memory ? walk_in(std::type_identity<pae_under_npt>{}) : visit_mode(mode_, walk_in);
   }
   template <class F>
   nested_outcome reach(view& memory, l2_gpa a, x86::access how, F& f) noexcept {
@@ -301,6 +303,8 @@ class nested_vcpu {
       return nested_outcome_of(exchange(m.where, memory.exchange), m, tables_);
     }
     const outcome reading = fault(m, access::read);
+    // L1 has changed its tables between the two: the whole access is judged by what they say now.
+    if (reading.what == outcome::page_fault) return {.what = nested_outcome::again};
     if (reading.what == outcome::done) pages.add(m.where, o.what == outcome::not_mapped);
     return nested_outcome_of(reading, m, tables_);
   }
