@@ -126,6 +126,18 @@ TEST_CASE_TEMPLATE("parts of a large leaf that a log has split are executed with
   CHECK(m.broken() == "");
 }
 
+TEST_CASE_TEMPLATE("a direct MMU's self-check names a large leaf that may be executed", F, x86::ept_format,
+                   x86::npt_format) {
+  direct<F> m;
+  REQUIRE(touch(m.cpu, m.page(3), access::write).at == now(m, 3));
+  std::atomic<std::uint64_t>& entry = *m.mmu.find({run}).entry;
+  const std::uint64_t was = entry.load();
+  entry.store(x86::made_executable<F>(was));
+  CHECK(m.broken() == "a large leaf may be executed");
+  entry.store(was);
+  CHECK(m.broken() == "");
+}
+
 TEST_CASE("what the guest does not let be executed is not executed for being small") {
   shadow m(x86::mmu_options{.eager_split = true, .nx_huge = true});
   m.map({0x40200000}, {run * page_size}, rwu | used | pte::no_execute, 2);

@@ -180,10 +180,9 @@ class memslots {
     return replace(going, &c, lock, update);
   }
 
-  /// Effects: from now on writes to the slot are logged in this way, or not at all, with a ring of so
-  /// many places, or none; update(memslot&) is called under
-  /// the MMU lock when the new log, empty, is in place. Errors: not_registered, no_memory; nothing is changed then.
-  /// Context: as add.
+  /// Effects: from now on writes to the slot are logged in this way, or not at all, with a ring of so many places, or
+  /// none; update(memslot&) is called under the MMU lock when the new log, empty, is in place. Errors: not_registered,
+  /// no_memory; nothing is changed then. Context: as add.
   template <class Mutex, class Update>
   errc set_log(unsigned id, dirty_tracking how, std::uint64_t ring, Mutex& lock, Update&& update) noexcept {
     const std::lock_guard writing{writers_};

@@ -21,7 +21,8 @@
 //                             entries, that of 4 MiB pages), 1 GiB pages, AMD. Two vCPUs of different processors do
 //                             not share tables.
 //   nested                    the table is one that a guest hypervisor keeps for its guest: EPT, with its choices, or
-//   NPT invalid                   the page is on its way out; it fits nowhere
+//                             NPT
+//   invalid                   the page is on its way out; it fits nowhere
 //
 // References: Linux Documentation/virt/kvm/x86/mmu.rst ("shadow pages": the same word, for the same reasons).
 
