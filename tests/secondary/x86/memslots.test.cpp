@@ -5,6 +5,7 @@
 #include <doctest/doctest.h>
 
 #include <atomic>
+#include <climits>
 #include <mutex>
 #include <thread>
 #include <tuple>
@@ -47,6 +48,30 @@ TEST_CASE("a guest frame is found in its slot, and nowhere else") {
   CHECK(f.slots.lookup({109}).read_only);
   CHECK(f.slots.lookup({110}).error == errc::not_mapped);
   CHECK(f.slots.current().generation() == 2);
+}
+
+TEST_CASE("a slot is found by its id, in whatever order ids come, go and move") {
+  fixture f;
+  const auto find = [&](unsigned id) { return memslots::find_id(f.slots.current(), id); };
+  CHECK(find(0) == nullptr);
+  const std::vector<unsigned> ids{7, 3, UINT_MAX, 0, 5};
+  for (unsigned n = 0; n < ids.size(); ++n) {
+    REQUIRE(f.slots.add({.id = ids[n], .base = {10 * n}, .pages = 1, .host = host}, f.lock) == errc::ok);
+    CHECK(f.slots.add({.id = ids[n], .base = {1000}, .pages = 1, .host = host}, f.lock) == errc::already_registered);
+  }
+  for (unsigned n = 0; n < ids.size(); ++n) {
+    REQUIRE(find(ids[n]) != nullptr);
+    CHECK(find(ids[n])->config().base == gfn{10 * n});
+  }
+  for (const unsigned other : {1U, 4U, 6U, 8U, UINT_MAX - 1}) CHECK(find(other) == nullptr);
+  REQUIRE(f.slots.move(5, {500}, f.lock, nothing) == errc::ok);
+  REQUIRE(f.slots.remove(3, f.lock, nothing) == errc::ok);
+  REQUIRE(f.slots.remove(UINT_MAX, f.lock, nothing) == errc::ok);
+  CHECK(find(5)->config().base == gfn{500});
+  CHECK(find(3) == nullptr);
+  CHECK(find(UINT_MAX) == nullptr);
+  CHECK(find(0) != nullptr);
+  CHECK(find(7) != nullptr);
 }
 
 TEST_CASE("a host range names the guest frames behind each of its bytes, in all slots") {

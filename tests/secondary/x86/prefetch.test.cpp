@@ -323,6 +323,28 @@ TEST_CASE_TEMPLATE("K1: no neighbour is installed over a bracket, open or finish
   m.check();
 }
 
+TEST_CASE_TEMPLATE("a log keeps the pages of a large host page small, and they are neighbours", F, FORMATS) {
+  const auto look = [](auto& m, auto address) {
+    m.host.place_run(ram_base + 512 * page_size, 21, 512);
+    REQUIRE(m.mmu.add_slot({.id = 2, .base = {512}, .pages = 512, .host = ram_base + 512 * page_size}) == errc::ok);
+    REQUIRE(m.mmu.log_writes(2, dirty_tracking::write_protect) == errc::ok);
+    REQUIRE(m.cpu.prefault(address(515), access::read).what == outcome::done);
+    CHECK(m.mmu.statistics().large == 0);
+    CHECK(m.mmu.statistics().prefetched == 7);
+    for (std::uint64_t i = 511; i < 521; ++i) CHECK(m.cpu.hits(address(i), access::read) == (512 <= i && i < 520));
+    m.check();
+    REQUIRE(m.mmu.log_writes(2, dirty_tracking::off) == errc::ok);
+    REQUIRE(m.cpu.prefault(address(515), access::read).what == outcome::done);
+    CHECK(m.mmu.statistics().large == 1);
+    CHECK(m.mmu.statistics().prefetched == 7);
+    m.check();
+  };
+  direct_fixture<F> direct;
+  look(direct, [](std::uint64_t f) { return gpa{f * page_size}; });
+  fixture<x86::no_paging> shadow;
+  look(shadow, [](std::uint64_t f) { return gva{f * page_size}; });
+}
+
 TEST_CASE_TEMPLATE("a direct MMU's prefetch is no write", F, FORMATS) {
   for (const dirty_tracking how : {dirty_tracking::write_protect, dirty_tracking::dirty_bits}) {
     direct_fixture<F> m;

@@ -30,6 +30,7 @@ struct fixture : machine {
     CHECK(cpu.set_cr3(root) == errc::ok);
   }
   static gva page(std::uint64_t i) { return at + i * page_size; }
+  static gfn base_frame() { return {run_frames}; }
   std::byte* now(std::uint64_t i) { return host.bytes(host_of(base + i * page_size)); }
   std::uint64_t faults() { return mmu.statistics().faults; }
   std::uint64_t split() { return mmu.statistics().split; }
@@ -125,6 +126,36 @@ TEST_CASE("K3: the parts are taken down by a bracket like any other leaf") {
   f.check();
   f.end(one);
   CHECK(touch(f.cpu, f.page(100), access::write).at == f.now(100));
+  f.check();
+}
+
+TEST_CASE("K3: a table that is there already has leaves that may less: nobody goes on with more") {
+  fixture f;
+  const range hundredth = x86::page_range(f.host_of(f.base + 100 * page_size));
+  f.start(hundredth);
+  REQUIRE(touch(f.cpu, f.page(3), access::read).at == f.now(3));  // small, for the bracket
+  f.end(hundredth);
+  const range third = x86::page_range(f.host_of(f.base + 3 * page_size));
+  f.start(third, event::soft_dirty);
+  f.end(third, event::soft_dirty);
+  REQUIRE(touch(f.cpu, f.page(3), access::write).at == f.now(3));
+  REQUIRE(f.mmu.statistics().large == 1);
+  {
+    x86::leaf_splitter splitter(f.mmu.tables());
+    x86::leaf_splitter::supply supply;
+    REQUIRE(supply.fill());
+    const std::lock_guard locked{f.mmu.lock()};
+    static_cast<void>(splitter.split_some(*f.mmu.slots().current().find(f.base_frame()), supply));
+    f.mmu.tables().commit();
+  }
+  CHECK(f.split() == 1);
+  f.check();
+  f.start(third, event::soft_dirty);
+  CHECK_FALSE(f.cpu.hits(f.page(3), access::write));
+  CHECK(f.cpu.hits(f.page(3), access::read));
+  f.check();
+  f.end(third, event::soft_dirty);
+  CHECK(touch(f.cpu, f.page(3), access::write).at == f.now(3));
   f.check();
 }
 

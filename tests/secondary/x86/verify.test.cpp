@@ -210,6 +210,17 @@ TEST_CASE("the self-check names a link to the wrong part of a table of 4-byte en
   CHECK(f.found() == "the halves of a guest's entry do not belong together");
 }
 
+TEST_CASE("the self-check names a large leaf that may be executed where none may") {
+  narrow_fixture f(x86::table_format::long_mode);
+  f.refill();
+  f.tables.map(*f.directory, 7, {512}, shadow_entry::leaf({512}, rights{rights::execute_bit}, false), f.stock);
+  f.tables.commit();
+  const char* const broken = x86::table_check(f.tables, f.window, f.zapping, true).run();
+  REQUIRE(broken != nullptr);
+  CHECK(std::string(broken) == "a large leaf may be executed");
+  CHECK(f.found() != broken);
+}
+
 TEST_CASE("the self-check names a page of links that has more than four, or others than its registers say") {
   narrow_fixture narrow(x86::table_format::four_byte);
   narrow.below(*narrow.links, 2, {41}, 2);

@@ -70,10 +70,12 @@ concept large_frame_provider = frame_provider<P> && requires(P& p, hva a) {
   { p.mapping_shift(a) } noexcept -> std::same_as<unsigned>;
 };
 
-/// Returns: the highest level at which the host has the page in one piece.
+/// Returns: the highest level at which the host has the page in one piece, if guest and host frame lie alike in it; the
+/// provider is not asked if they do not, as most small ones.
 template <frame_provider Provider>
-unsigned host_level(Provider& provider, const host_page& page) noexcept {
+unsigned host_level(Provider& provider, const host_page& page, pfn frame, gfn guest) noexcept {
   if constexpr (large_frame_provider<Provider>) {
+    if (((frame.value ^ guest.value) & (frames_at(2) - 1)) != 0) return 1;
     const unsigned shift = provider.mapping_shift(page.address);
     return shift < 21 ? 1 : shift < 30 ? 2 : 3;
   } else {

@@ -77,11 +77,11 @@ class direct_fault_path {
   };
 
   outcome install(const looked_up& page, table_stock& stock) noexcept {
-    unsigned level = host_level(provider_, page.at);
+    unsigned level = host_level(provider_, page.at, page.lease.frame, page.frame);
     const bool executes = nx_huge_ && page.fetch && level > 1 && !detail::mutated(detail::mutation::nx_huge_fetched);
     if (executes) level = 1;
     neighbour_pins<Provider> around(provider_, slots_, window_);
-    if (prefetch_ && level == 1) look_around(page.frame, around);
+    if (prefetch_ && (level == 1 || slots_.logs(page.frame))) look_around(page.frame, around);
     {
       const std::shared_lock locked{leaves_.lock()};
       if (leaves_.released()) return {.what = outcome::released};
@@ -91,7 +91,7 @@ class direct_fault_path {
       while (level > 1 && !fits(slot, page, level)) --level;
       if (put(slot, page, level, stock)) {
         put_around(around);
-        if (executes) note_executed(page.frame);
+        if (executes && fits(slot, page, 2)) note_executed(page.frame);
         return {};
       }
     }

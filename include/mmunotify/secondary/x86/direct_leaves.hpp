@@ -50,6 +50,15 @@ constexpr std::uint64_t not_executable(std::uint64_t e) noexcept {
     return e | pte::no_execute;
   }
 }
+/// The entry with it.
+template <direct_format Format>
+constexpr std::uint64_t made_executable(std::uint64_t e) noexcept {
+  if constexpr (requires { Format::execute_bit; }) {
+    return e | Format::execute_bit;
+  } else {
+    return e & ~pte::no_execute;
+  }
+}
 
 template <direct_format Format>
 class direct_leaves {
@@ -221,7 +230,9 @@ class direct_leaves {
     constexpr std::uint64_t lost = detail::mutated(detail::mutation::split_forgets_bits) ? history : 0;
     std::uint64_t leaf = at.value;
     do {  // again if a vCPU has added bits
-      const std::uint64_t small = leaf & ~(lost | (at.level == 2 ? pte::large : 0));
+      // What may not be executed is so for its size alone.
+      const std::uint64_t kept = leaf & ~lost;
+      const std::uint64_t small = at.level == 2 ? made_executable<Format>(kept & ~pte::large) : kept;
       for (unsigned n = 0; n < into.entries.size(); ++n) {
         into.entries[n].store(part_of(small, at.level, n), std::memory_order_relaxed);
       }

@@ -56,6 +56,7 @@ class direct_mmu {
       : provider_(provider),
         downgrades_(o.downgrades),
         eager_split_(o.eager_split),
+        nx_huge_(o.nx_huge),
         slots_(gate_.domain()),
         leaves_(slots_, gate_, counters_),
         faults_(provider, slots_, window_, leaves_, counters_, o) {}
@@ -188,7 +189,8 @@ class direct_mmu {
 
   const char* check_leaf(gfn f, unsigned level, const std::atomic<std::uint64_t>& e) const noexcept {
     const memslot* const s = slots_.current().find(f);
-    const bool writable = (e.load(std::memory_order_relaxed) & direct_may_write_bit) != 0;
+    const std::uint64_t now = e.load(std::memory_order_relaxed);
+    const bool writable = (now & direct_may_write_bit) != 0;
     if (s == nullptr || !s->config().contains(f + (frames_at(level) - 1))) {
       return "a leaf maps a frame outside all slots";
     }
@@ -197,6 +199,7 @@ class direct_mmu {
     if (zapping_.open_hits(bytes)) return "a leaf is inside an open bracket";
     if (writable && window_.open_hits(bytes)) return "a leaf may be written inside an open bracket";
     if (level > 1 && s->log() != nullptr) return "a large leaf is in a slot whose writes are logged";
+    if (level > 1 && nx_huge_ && executable<Format>(now)) return "a large leaf may be executed";
     return nullptr;
   }
 
@@ -222,6 +225,7 @@ class direct_mmu {
   Provider& provider_;
   const event_set downgrades_;
   const bool eager_split_;
+  const bool nx_huge_;
   mmu_counters counters_;
   mmu_window window_;   ///< every bracket
   mmu_window zapping_;  ///< those that take mappings down; for the self-check

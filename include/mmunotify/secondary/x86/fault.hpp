@@ -139,14 +139,15 @@ class fault_path {
       return page.at() || frame.value >= shadow_entry::frame_limit || t.key() != 0 ? o : remember_mmio(t, o);
     }
     if (page.lease().frame.value >= shadow_entry::frame_limit) return outcome_of(errc::not_mapped, t.walk.address);
-    unsigned most = t.leaf_level() > 1 ? host_level(backing_.provider, page.at()) : 1;
+    unsigned most = t.leaf_level() > 1 ? host_level(backing_.provider, page.at(), page.lease().frame, frame) : 1;
     t.executes = options_.nx_huge && is_fetch(t.how) && most > 1 && !detail::mutated(detail::mutation::nx_huge_fetched);
     if (t.executes) most = 1;
     neighbour_pins<Provider> around(backing_.provider, backing_.slots, backing_.window);
     table_prefetch<Provider> prefetch(backing_, tables_, counters_);
-    if (options_.prefetch && most == 1) prefetch.template look_around<Mode>(t, around);
+    if (options_.prefetch && (most == 1 || backing_.slots.logs(frame))) prefetch.template look_around<Mode>(t, around);
     const std::lock_guard locked{tables_.lock()};
     if (tables_.released()) return {.what = outcome::released};
+    if (t.executes) t.executes = page.stands_locked(backing_) && leaf_level_locked(page, 2) > 1;
     shadow_page* filled = nullptr;
     const outcome o = install_locked(t, page, most < t.leaf_level() ? most : t.leaf_level(), filled);
     tables_.commit();
@@ -305,7 +306,9 @@ class fault_path {
     const pfn first{page.lease().frame.value & ~(frames_at(level) - 1)};
     const shadow_entry leaf = shadow_entry::leaf(level > 1 ? first : page.lease().frame, r, walk.granted.user());
     const bool logs = tables_.slots().find(page.frame())->logs(dirty_tracking::write_protect);
-    return leaf.with(used).without(logs && !is_write(how) ? shadow_entry::write_bit : 0);
+    const bool parts_execute = no_fetch && leaf_rights<Mode>(c, how, walk).executable();
+    return leaf.with(used | (parts_execute ? shadow_entry::may_execute_bit : 0))
+        .without(logs && !is_write(how) ? shadow_entry::write_bit : 0);
   }
 
   backing<Provider> backing_;

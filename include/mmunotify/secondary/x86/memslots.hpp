@@ -16,8 +16,8 @@
 // fault can install through a slot that is going: faults look their slots up again under that lock.
 //
 // Lock order: the writers' mutex, then the MMU lock. Never in a callback, never inside a read section of the domain.
-// Cost: lookup by frame is a binary search, by host range one of an interval tree (host_index.hpp); an update copies
-// the list of slots.
+// Cost: lookup by frame or id is a binary search, by host range one of an interval tree (host_index.hpp); an update
+// copies the list of slots.
 
 #include <algorithm>
 #include <atomic>
@@ -58,6 +58,13 @@ class memslot_snapshot {
     return s->config().contains(f) ? s : nullptr;
   }
 
+  /// Returns: the slot with this id, or nullptr.
+  memslot* find_id(unsigned id) const noexcept {
+    const name *const first = by_id_.get(), *const end = first + count_;
+    const name* const at = std::lower_bound(first, end, id, [](const name& n, unsigned x) { return n.id < x; });
+    return at != end && at->id == id ? at->slot : nullptr;
+  }
+
   /// Calls f(memslot&, first gfn, one past the last gfn) for each run of guest frames backed by a byte of the range.
   template <class F>
   void for_each_in(range r, F&& f) const {
@@ -72,7 +79,12 @@ class memslot_snapshot {
 
  private:
   friend class memslots;
+  struct name {
+    unsigned id;
+    memslot* slot;
+  };
   std::unique_ptr<memslot*[]> slots_;  ///< sorted by guest frame
+  std::unique_ptr<name[]> by_id_;      ///< sorted
   std::size_t count_ = 0;
   host_index by_host_;
   std::uint64_t generation_ = 0;
@@ -113,6 +125,13 @@ class memslots {
   host_page lookup(gfn f) const noexcept {
     const read_section reading{domain_};
     return lookup_in(current(), f);
+  }
+  /// Returns: whether writes to the frame are logged, which maps it by 4 KiB. May be stale on arrival. Context: as
+  /// lookup.
+  bool logs(gfn f) const noexcept {
+    const read_section reading{domain_};
+    const memslot* const slot = current().find(f);
+    return slot != nullptr && slot->log() != nullptr;
   }
   static host_page lookup_in(const memslot_snapshot& s, gfn f) noexcept {
     const memslot* slot = s.find(f);
@@ -161,10 +180,9 @@ class memslots {
     return replace(going, &c, lock, update);
   }
 
-  /// Effects: from now on writes to the slot are logged in this way, or not at all, with a ring of so
-  /// many places, or none; update(memslot&) is called under
-  /// the MMU lock when the new log, empty, is in place. Errors: not_registered, no_memory; nothing is changed then.
-  /// Context: as add.
+  /// Effects: from now on writes to the slot are logged in this way, or not at all, with a ring of so many places, or
+  /// none; update(memslot&) is called under the MMU lock when the new log, empty, is in place. Errors: not_registered,
+  /// no_memory; nothing is changed then. Context: as add.
   template <class Mutex, class Update>
   errc set_log(unsigned id, dirty_tracking how, std::uint64_t ring, Mutex& lock, Update&& update) noexcept {
     const std::lock_guard writing{writers_};
@@ -184,12 +202,7 @@ class memslots {
   }
 
   /// Returns: the slot with this id, or nullptr. Context: as current().
-  static memslot* find_id(const memslot_snapshot& s, unsigned id) noexcept {
-    for (memslot* slot : s.slots()) {
-      if (slot->config().id == id) return slot;
-    }
-    return nullptr;
-  }
+  static memslot* find_id(const memslot_snapshot& s, unsigned id) noexcept { return s.find_id(id); }
 
  private:
   static errc check(const memslot_snapshot& s, const memslot_config& c, const memslot* except) noexcept {
@@ -210,8 +223,10 @@ class memslots {
     std::unique_ptr<memslot_snapshot> next(new (std::nothrow) memslot_snapshot);
     if (next == nullptr) return next;
     next->slots_.reset(new (std::nothrow) memslot*[old.count_ + 1]);
-    if (next->slots_ == nullptr) return nullptr;
+    next->by_id_.reset(new (std::nothrow) memslot_snapshot::name[old.count_ + 1]);
+    if (next->slots_ == nullptr || next->by_id_ == nullptr) return nullptr;
     if (!next->by_host_.succeed(old.by_host_, going, coming)) return nullptr;
+    copy_names(old, going, coming, next->by_id_.get());
     for (memslot* s : old.slots()) {
       if (coming != nullptr && coming->config().base < s->config().base) {
         next->slots_[next->count_++] = std::exchange(coming, nullptr);
@@ -221,6 +236,19 @@ class memslots {
     if (coming != nullptr) next->slots_[next->count_++] = coming;
     next->generation_ = old.generation_ + 1;
     return next;
+  }
+
+  static void copy_names(const memslot_snapshot& old, const memslot* going, memslot* coming,
+                         memslot_snapshot::name* to) noexcept {
+    for (std::size_t i = 0; i < old.count_; ++i) {
+      const memslot_snapshot::name& n = old.by_id_[i];
+      if (coming != nullptr && coming->config().id < n.id) {
+        *to++ = {coming->config().id, coming};
+        coming = nullptr;
+      }
+      if (n.slot != going) *to++ = n;
+    }
+    if (coming != nullptr) *to = {coming->config().id, coming};
   }
 
   template <class Mutex, class Update>

@@ -28,7 +28,8 @@ struct mmu_options {
   /// When a log of writes begins, large leaves are split at once, not zapped and faulted in again by 4 KiB: see
   /// split.hpp.
   bool eager_split = false;
-  /// Large leaves may not be executed; a fetch from one makes it small. Some processors stop when a page that is being
+  /// Large leaves may not be executed; a fetch from one makes it small, and what is small, also of an eager split, is
+  /// executed as ever. Some processors stop when a page that is being
   /// executed changes its size under an instruction TLB (iTLB multihit, CVE-2018-12207), and a guest can have that
   /// done.
   bool nx_huge = false;

@@ -86,6 +86,7 @@ class shadow_mmu {
       : provider_(provider),
         downgrades_(o.downgrades),
         eager_split_(o.eager_split),
+        nx_huge_(o.nx_huge),
         slots_(gate_.domain()),
         tables_(slots_, gate_, counters_, o.max_pages),
         follows_({provider, slots_, window_, tables_.lock()}, tables_, counters_),
@@ -240,7 +241,7 @@ class shadow_mmu {
   /// Returns: the first broken invariant, or nullptr. Progress: blocking; looks at everything. Context: as the hooks.
   const char* verify() noexcept {
     const std::lock_guard locked{tables_.lock()};
-    return table_check(tables_, window_, zapping_).run();
+    return table_check(tables_, window_, zapping_, nx_huge_).run();
   }
 
   mmu_statistics statistics() const noexcept { return counters_.read(); }
@@ -301,6 +302,7 @@ class shadow_mmu {
   Provider& provider_;
   const event_set downgrades_;
   const bool eager_split_;
+  const bool nx_huge_;
   mmu_counters counters_;
   mmu_window window_;   ///< every bracket
   mmu_window zapping_;  ///< those that take mappings down; for the self-check

@@ -59,6 +59,8 @@ class shadow_entry {
   /// Guest, host and tracking let the leaf be written: if write_bit is clear, only to log the first write. Whoever sees
   /// one write may set it, without the MMU lock. MUST be set where write_bit is.
   static constexpr std::uint64_t may_write_bit = 1 << 10;
+  /// Of a large leaf: it may not be executed for its size alone (mmu_options::nx_huge); its parts may.
+  static constexpr std::uint64_t may_execute_bit = 1 << 11;
   static constexpr std::uint64_t no_execute_bit = std::uint64_t{1} << 63;
   /// Generations of slots that an MMIO entry tells apart.
   static constexpr std::uint64_t mmio_generations = std::uint64_t{1} << 11;
@@ -91,6 +93,7 @@ class shadow_entry {
   constexpr bool dirty() const noexcept { return (bits_ & dirty_bit) != 0; }
   constexpr bool guest_user() const noexcept { return (bits_ & guest_user_bit) != 0; }
   constexpr bool may_write() const noexcept { return (bits_ & may_write_bit) != 0; }
+  constexpr bool may_execute() const noexcept { return (bits_ & may_execute_bit) != 0; }
   constexpr bool is_mmio() const noexcept { return (bits_ & (present_bit | mmio_bit)) == mmio_bit; }
   /// Precondition: is_mmio().
   constexpr gfn mmio_frame() const noexcept { return {(bits_ & pte::address) >> page_shift}; }

@@ -5,9 +5,11 @@
 // when it begins. Without this they are zapped, and every vCPU faults on each of its pages, all at the same moment.
 //
 // A leaf is replaced by a link to a table whose leaves map the same frames with the same rights. Nobody loses a
-// translation, so nothing is flushed: vCPUs go on with what they have cached of either. Accessed and dirty bits are
-// taken at the moment of the exchange and inherited by all parts: a vCPU may have cached the right to write because the
-// large leaf was dirty, and who clears dirty bits must find one to know that it has to flush.
+// translation, so nothing is flushed: vCPUs go on with what they have cached of either. (But for a table that is there
+// already, whose leaves may have lost rights since: nobody may go on with more than they allow.) Accessed and dirty
+// bits are taken at the moment of the exchange and inherited by all parts: a vCPU may have cached the right to write
+// because the large leaf was dirty, and who clears dirty bits must find one to know that it has to flush. What could
+// not be executed for its size alone (mmu_options::nx_huge) can be once it is small.
 //
 // It runs in batches: what is needed is allocated without the MMU lock, a few leaves are split under it, and so on. It
 // is done as well as possible: when memory or the limit of pages is short, what is left is zapped by the log, as ever.
@@ -71,7 +73,9 @@ class leaf_splitter {
     const gfn first = p.leaf_frame(at.index);
     const shadow_entry leaf = p.load(at.index);
     if (p.generation != tables_.generation_) return static_cast<void>(tables_.drop(p, at.index));  // on its way out
-    const rights r = changed(leaf.allows(), leaf.may_write() ? rights::write_bit : 0, 0);
+    const auto withheld = static_cast<std::uint8_t>((leaf.may_write() ? rights::write_bit : 0) |
+                                                    (leaf.may_execute() ? rights::execute_bit : 0));
+    const rights r = changed(leaf.allows(), withheld, 0);
     const page_role role = p.role.part_below(r, leaf.guest_user(), leaf.key());
     shadow_page& below = page_for(first, role, from);
     // A vCPU may add bits until now: the last value counts.
@@ -85,6 +89,7 @@ class leaf_splitter {
   /// As shadow_tables::get for a direct page.
   shadow_page& page_for(gfn first, page_role role, supply& from) noexcept {
     if (shadow_page* const known = tables_.index_.find(first, role, tables_.generation_); known != nullptr) {
+      tables_.request_flush();
       return *known;
     }
     shadow_page& p = from.pages.pop();
@@ -103,12 +108,16 @@ class leaf_splitter {
       return;
     }
     const gfn frame = p.frame + n * frames_at(level);
-    if (slot.mappings(frame, level).count() + 1 >= entry_list::recycle_at) return;  // its own fault will see to it
-    tables_.drop(p, n);                                                             // what it remembers of MMIO
+    if (slot.mappings(frame, level).count() + 1 >= entry_list::recycle_at) {
+      return tables_.request_flush();  // its own fault will see to it
+    }
+    tables_.drop(p, n);  // what it remembers of MMIO
     slot.add_mapping(frame, level, {&p, n}, from.chunks);
     p.leaf_frames[n].store(frame.value, std::memory_order_relaxed);
     ++p.present;
-    const shadow_entry part(part_of(leaf.bits(), level + 1, n));
+    shadow_entry part(part_of(leaf.bits(), level + 1, n));
+    if (level == 1 && part.may_execute())
+      part = part.without(shadow_entry::may_execute_bit | shadow_entry::no_execute_bit);
     p.exchange(n, forgets ? part.without(history) : part);
   }
 

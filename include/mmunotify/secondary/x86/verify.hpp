@@ -25,8 +25,9 @@ namespace x86 {
 class table_check {
  public:
   /// window: all brackets; zapping: those that take mappings down, the others leave them read-only.
-  table_check(shadow_tables& tables, const mmu_window& window, const mmu_window& zapping) noexcept
-      : tables_(tables), slots_(tables.slots_.current()), window_(window), zapping_(zapping) {}
+  /// nx_huge: that of the options.
+  table_check(shadow_tables& tables, const mmu_window& window, const mmu_window& zapping, bool nx_huge = false) noexcept
+      : tables_(tables), slots_(tables.slots_.current()), window_(window), zapping_(zapping), nx_huge_(nx_huge) {}
 
   /// Returns: the first broken invariant as a sentence, or nullptr. Precondition: at rest, all brackets' starts done.
   const char* run() noexcept {
@@ -174,6 +175,7 @@ class table_check {
     if (broken_ != nullptr) return;
     require(slot.table_count(frame, level) == 0, "a shadowed guest table is part of a large leaf");
     require(slot.log() == nullptr, "a large leaf is in a slot whose writes are logged");
+    require(!nx_huge_ || !e.allows().executable(), "a large leaf may be executed");
   }
 
   void check_slot(memslot& s) noexcept {
@@ -217,6 +219,7 @@ class table_check {
   const memslot_snapshot& slots_;
   const mmu_window& window_;
   const mmu_window& zapping_;
+  const bool nx_huge_;
   const char* broken_ = nullptr;
   std::size_t pages_ = 0;
   std::size_t leaves_ = 0;
