@@ -9,7 +9,8 @@
 //
 //   near_miss   a page between two intervals            far_miss   a page far from all of them
 //   one_hit     a page of an interval                   again      the same, then removed and inserted anew
-//   all         one call over everything                pair       near misses by two threads, on two halves: among all,
+//   all         one call over everything                pair       near misses by two threads, on two halves: among
+//   all,
 //               and among few, which the caches hold
 //   look_up, change   one near miss, or one insertion and removal, that begins while a call over everything is under
 //               way in another thread; the time is real, and a busy machine adds what it takes away
