@@ -134,7 +134,7 @@ class ours_with {
       half& h = i < n ? half_of(i) : halves_[i & 1];
       auto* const r = new (memory_[i].bytes) region(h);
       if (i < n) {
-        expect(set_.insert(*r, {address(i), address(i) + page}) == errc::ok);
+        expect_ok(set_.insert(*r, {address(i), address(i) + page}));
       } else {
         h.spare[h.spares++] = r;
       }
@@ -172,7 +172,11 @@ class ours_with {
     remove(h, insert(h, address(i) + page));
   }
   static std::uint64_t calls() { return region::calls; }  // by this thread
-  bool good() const { return good_.load(std::memory_order_relaxed); }
+  /// Returns: what the first operation that went wrong said.
+  std::string wrong() const {
+    const errc e = error_.load(std::memory_order_relaxed);
+    return e == errc::ok ? "" : to_string(e);
+  }
 
  private:
   struct place {
@@ -181,18 +185,19 @@ class ours_with {
 
   region& at(std::size_t i) { return *std::launder(reinterpret_cast<region*>(memory_[i].bytes)); }
   half& half_of(std::uint64_t i) { return halves_[i < n_ / 2 ? 0 : 1]; }
-  void expect(bool ok) {
-    if (!ok) good_.store(false, std::memory_order_relaxed);
+  void expect_ok(errc e) {
+    errc none = errc::ok;
+    if (e != errc::ok) error_.compare_exchange_strong(none, e, std::memory_order_relaxed);
   }
 
   region& insert(half& h, std::uint64_t where) {
     region* r = h.take();
     for (; r == nullptr; r = h.take()) give_back();
-    expect(set_.insert(*r, {where, where + page}) == errc::ok);
+    expect_ok(set_.insert(*r, {where, where + page}));
     return *r;
   }
   void remove(half& h, region& r) {
-    expect(set_.remove_async(r, &half::give_back) == errc::ok);
+    expect_ok(set_.remove_async(r, &half::give_back));
     if (Drains && ++h.removed % 512 == 0) give_back();
   }
   void give_back() {
@@ -215,7 +220,7 @@ class ours_with {
   const std::uint64_t n_;
   half halves_[2];
   std::vector<place> memory_;
-  std::atomic<bool> good_{true};
+  std::atomic<errc> error_{errc::ok};
 };
 
 using ours = ours_with<false>;
@@ -252,7 +257,7 @@ class tree {
     tree_.erase(extra);
   }
   static std::uint64_t calls() { return calls_.load(std::memory_order_relaxed); }
-  static bool good() { return true; }
+  static std::string wrong() { return {}; }
 
  private:
   static void count(rb_node&) { calls_.store(calls() + 1, std::memory_order_relaxed); }
@@ -282,6 +287,17 @@ Kind& made(std::uint64_t n) {
   return *k;
 }
 
+/// A hit calls exactly one, a miss nobody, a call over everything each once.
+void expect_calls(benchmark::State& state, std::uint64_t were, std::uint64_t should_be) {
+  const std::string text = std::to_string(were) + " calls, where " + std::to_string(should_be) + " are right";
+  if (were != should_be) state.SkipWithError(text.c_str());
+}
+template <class Kind>
+void expect_success(benchmark::State& state, const Kind& k) {
+  const std::string text = k.wrong();
+  if (!text.empty()) state.SkipWithError(text.c_str());
+}
+
 /// A page at a time, drawn at random: where(i) is its address, calls says how many it calls, then(k, i) follows.
 template <class Kind, class Where, class Then>
 void one_page(benchmark::State& state, std::uint64_t n, std::uint64_t calls, Where where, Then then) {
@@ -295,8 +311,8 @@ void one_page(benchmark::State& state, std::uint64_t n, std::uint64_t calls, Whe
     k.tell(a, a + page);
     then(k, i);
   }
-  if (k.calls() != before + calls * static_cast<std::uint64_t>(state.iterations()) || !k.good())
-    state.SkipWithError("a hit has not called exactly one, or a miss somebody");
+  expect_calls(state, k.calls() - before, calls * static_cast<std::uint64_t>(state.iterations()));
+  expect_success(state, k);
 }
 
 template <class Kind>
@@ -323,8 +339,7 @@ void everything(benchmark::State& state, std::uint64_t n) {
   Kind& k = made<Kind>(n);
   const std::uint64_t before = k.calls();
   for (auto _ : state) k.tell(base, address(n));
-  if (k.calls() != before + n * static_cast<std::uint64_t>(state.iterations()))
-    state.SkipWithError("not everybody was called once");
+  expect_calls(state, k.calls() - before, n * static_cast<std::uint64_t>(state.iterations()));
 }
 
 /// Each thread has a half of the pages, and calls operation(k, i) for those that it draws.
@@ -335,7 +350,7 @@ void halves(benchmark::State& state, std::uint64_t n, Operation operation) {
   const std::uint64_t own = static_cast<std::uint64_t>(state.thread_index()) * (n / 2);
   std::size_t d = 0;
   for (auto _ : state) operation(k, own + numbers[d++ % draws]);
-  if (!k.good()) state.SkipWithError("something could not be inserted or removed");
+  expect_success(state, k);
 }
 template <class Kind>
 void pair(benchmark::State& state, std::uint64_t n) {

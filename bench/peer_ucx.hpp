@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <string>
 
 #include <sys/mman.h>
 
@@ -55,7 +56,7 @@ class ucx_cache {
   }
   /// Regions that were hit and are gone.
   std::uint64_t calls() const { return calls_; }
-  bool good() const { return good_; }
+  std::string wrong() const { return good_ ? "" : "a registration failed"; }
 
  private:
   static void* pointer(std::uint64_t a) { return reinterpret_cast<void*>(static_cast<std::uintptr_t>(a)); }

@@ -386,3 +386,9 @@ class model_atomic {
 }  // namespace std
 
 #define atomic model_atomic
+
+/// std::this_thread::yield() lets another fiber run, not another program of a busy machine.
+extern "C" inline int sched_yield() noexcept {
+  model::scheduler::all().yield();
+  return 0;
+}

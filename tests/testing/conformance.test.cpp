@@ -164,6 +164,7 @@ TEST_CASE("O1: whoever does not take a replacement as it is told is caught") {
   GPU(change_entry_only_first, "O1");
   GPU(change_entry_not_flushed, "O1");
   GPU(change_entry_maps_unmapped, "O1");
+  GPU(change_entry_revives, "O1");
 }
 
 TEST_CASE("O3: two brackets at once with one token are caught") { GPU(one_token_for_all, "O3"); }

@@ -26,7 +26,8 @@
 // are those of notifier/hooks.hpp, all of them, clipped alike:
 //   change_entry    gets its part of the change, with the frame of that part's first page. It goes to whoever covers
 //                   the address at the moment: so an interval that is removed, or shrinks, inside a bracket in place
-//                   drops what it no longer covers first, as before any removal.
+//                   drops what it no longer covers first, as before any removal. What another bracket, open now, has
+//                   dropped stays dropped.
 //   young_pages     gets a batch of the pages that the interval has a byte of.
 //   existing_range  is called where insert() is told what exists.
 //   release         is called once, if the space is released while the interval is registered; a removal does not.

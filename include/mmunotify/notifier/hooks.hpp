@@ -15,6 +15,9 @@
 //   void change_entry(const basic_entry_change<Key>&)             the translation in an in-place bracket is a new one:
 //                                                                 put it in the place of the old. For a client whose
 //                                                                 start keeps its mappings if invalidation::in_place.
+//                                                                 Only of an old that still stands: what another
+//                                                                 bracket, open now, has dropped stays dropped, also if
+//                                                                 a TLB still has it.
 //   void invalidate_secondary_tlbs(basic_range<Key>)              a device that walks the primary's tables: flush what
 //                                                                 it cached. Must not sleep: called under page-table
 //                                                                 locks. A range up to the last key means all.

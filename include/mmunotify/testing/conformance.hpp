@@ -123,9 +123,9 @@ class suite {
     static_cast<void>(conclude(j));
   }
   template <bool Applies>
-  void if_it_applies(const char* name, on_trial f) noexcept {
+  void if_it_applies(const char* name, on_trial f, bool attached = true) noexcept {
     if constexpr (Applies) {
-      with_trial(name, f);
+      with_trial(name, f, attached);
     } else {
       report_.note_skip();
     }
@@ -162,6 +162,8 @@ class suite {
     if_it_applies<has_clear_young<client_type> || has_young_pages<client_type>>("young, a batch",
                                                                                 &young_batches<Factory>);
     if_it_applies<has_change_entry<client_type>>("replaced in place", &changes_in_place<Factory>);
+    if_it_applies<has_change_entry<client_type>>("replaced in place beside a bracket",
+                                                 &changes_in_place_beside<Factory>, false);
     if_it_applies<has_invalidate_secondary_tlbs<client_type>>("the device's TLB", &flushes_the_device<Factory>);
   }
 

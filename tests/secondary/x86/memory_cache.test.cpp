@@ -196,9 +196,9 @@ TEST_CASE("slots and logs that run out of memory say so at each allocation, and 
   CHECK(each_fails([](machine& m) { return m.mmu.add_slot({.id = 2, .base = {1000}, .pages = 8, .host = ram_base}); }) >
         8);
   CHECK(each_fails([](machine& m) { return m.mmu.move_slot(1, {4096}); }) > 8);
-  CHECK(each_fails([](machine& m) { return m.mmu.remove_slot(1); }) == 3);
-  CHECK(each_fails([](machine& m) { return m.mmu.log_writes(1, x86::dirty_tracking::write_protect); }) == 2);
-  CHECK(each_fails([](machine& m) { return m.mmu.log_writes(1, x86::dirty_tracking::write_protect, 8); }) == 4);
+  CHECK(each_fails([](machine& m) { return m.mmu.remove_slot(1); }) > 2);
+  CHECK(each_fails([](machine& m) { return m.mmu.log_writes(1, x86::dirty_tracking::write_protect); }) > 1);
+  CHECK(each_fails([](machine& m) { return m.mmu.log_writes(1, x86::dirty_tracking::write_protect, 8); }) > 3);
 }
 
 TEST_CASE("nothing that happens under the MMU lock allocates") {

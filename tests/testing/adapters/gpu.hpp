@@ -32,6 +32,7 @@ enum class gpu_mistake {
   change_entry_only_first,
   change_entry_not_flushed,
   change_entry_maps_unmapped,
+  change_entry_revives,  ///< what only the TLB has left counts as mapped
 };
 
 class gpu {
@@ -112,7 +113,7 @@ class gpu {
       const pfn frame = c.frame + n++;
       if (is(gpu_mistake::change_entry_only_first) && n > 1) return;
       // What only the TLB has left is being invalidated by another bracket: it must not come back.
-      const entry was = table_[p];
+      const entry was = is(gpu_mistake::change_entry_revives) && tlb_[p].present ? tlb_[p] : table_[p];
       if (!is(gpu_mistake::change_entry_not_flushed)) tlb_[p] = {};
       if (!was.present && !is(gpu_mistake::change_entry_maps_unmapped)) return;
       table_[p] = {is(gpu_mistake::change_entry_keeps_old) ? was.frame : frame, true,

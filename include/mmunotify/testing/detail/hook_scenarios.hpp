@@ -114,6 +114,31 @@ void changes_in_place(trial<Factory>& t) noexcept {
   static_cast<void>(t.sees_all(window, "O1", "an unmapped page was replaced in place"));
 }
 
+/// O1: what an open bracket has dropped stays dropped, though another bracket, in place, tells what is there now.
+template <class Factory>
+void changes_in_place_beside(trial<Factory>& t) noexcept {
+  changer other{t.primary};
+  subscriber<changer> node{other};
+  const errc registered = t.primary.space().register_subscriber(node);  // older than the adapter: called after it
+  t.verdict.that(registered == errc::ok, "access", "another client cannot register: %s", to_string(registered));
+  t.attach();
+  const auto bracketed = [&](const char* when) {
+    const auto open = t.primary.start(pages_at(8, 3));
+    if (other.pages == 0) t.verdict.that(t.primary.replace_in_place(8, 2, true), "access", "there are no frames left");
+    static_cast<void>(t.gone(pages_at(8, 3), "O1", when));
+    stage::for_each(pages_at(8, 3), [&](std::uint64_t p) { t.primary.take_back(p); });
+    static_cast<void>(t.closed(pages_at(8, 3), "O1", when));
+    t.primary.end(open);
+    return t.sees_all(window, "O1", when);
+  };
+  if (t.fill() && bracketed("pages were replaced in place in an open bracket")) {
+    other.pages = 2;
+    static_cast<void>(bracketed("pages were replaced in place while a bracket started"));
+    t.verdict.that(other.pages == 0 || t.failed(), "access", "there are no frames left");
+  }
+  static_cast<void>(t.primary.space().unregister(node));
+}
+
 /// O4: what the device cached of the range is forgotten.
 template <class Factory>
 void flushes_the_device(trial<Factory>& t) noexcept {

@@ -148,6 +148,17 @@ struct bystander {
   void invalidate_finish(two_pass_token&, const invalidation&) noexcept {}
 };
 
+/// A client in whose start, once, somebody replaces pages in place, as another thread might just then.
+struct changer {
+  void invalidate_range_start(const invalidation& i) noexcept {
+    if (i.in_place || pages == 0) return;
+    const std::uint64_t n = std::exchange(pages, 0);
+    if (!primary.replace_in_place(8, n, true)) pages = n;
+  }
+  stage& primary;
+  std::uint64_t pages = 0;  ///< from page 8 on
+};
+
 /// A client that refuses what it may.
 struct refuser {
   bool invalidate_range_start(const invalidation& i) noexcept { return i.blockable; }
