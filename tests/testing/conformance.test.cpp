@@ -16,6 +16,7 @@
 #include "testing/adapters/mirror.hpp"
 #include "testing/adapters/rdma.hpp"
 #include "testing/adapters/shadow.hpp"
+#include "testing/verdicts.hpp"
 
 using namespace mmunotify;
 using adapters::gpu_mistake;
@@ -36,42 +37,23 @@ using testing::conformance;
 
 namespace {
 
-std::uint64_t seed() {
-  const char* given = std::getenv("MMUNOTIFY_SEED");
-  return given != nullptr ? std::strtoull(given, nullptr, 10) : 1;
-}
-
-/// With the seed that is given: what is to be caught is caught in every run.
 template <class Adapter, class... Mistake>
 testing::report examine(const testing::options& o, Mistake... m) {
   return conformance([=](testing::test_primary& p) { return std::make_unique<Adapter>(p, m...); }, o);
 }
 
-std::string text(const testing::report& r) {
-  std::string all;
-  for (const auto& f : r.failures()) all += std::string(f.rule) + ", " + f.scenario + ": " + f.sentence + "\n";
-  return all;
-}
-
 template <class Adapter>
 void passes(unsigned rounds) {
-  const testing::report r = examine<Adapter>({.seed = seed(), .rounds = rounds});
-  INFO(text(r));
-  CHECK(r.ok());
-  MESSAGE(r.ran(), " scenarios, ", r.skipped(), " left out");
+  verdicts::right(examine<Adapter>({.seed = verdicts::seed(), .rounds = rounds}));
 }
 
 const testing::options scenarios_alone{.rounds = 0};
 const testing::options threads_alone{.rounds = 40, .threads = 6, .scenarios = false, .reference = false};
 
-void broken(const std::string& name, const std::string& rule, const testing::report& r) {
-  INFO(name, " breaks ", rule, ", and the kit says: ", text(r));
-  CHECK(r.names(rule.c_str()));
-}
-#define MIRROR(m, rule) broken(#m, rule, examine<adapters::mirror>(scenarios_alone, mistake::m))
-#define MIRROR_RANDOM(m, rule) broken(#m, rule, examine<adapters::mirror>(threads_alone, mistake::m))
-#define GPU(m, rule) broken(#m, rule, examine<adapters::gpu>(scenarios_alone, gpu_mistake::m))
-#define GPU_RANDOM(m, rule) broken(#m, rule, examine<adapters::gpu>(threads_alone, gpu_mistake::m))
+#define MIRROR(m, rule) verdicts::broken(#m, rule, examine<adapters::mirror>(scenarios_alone, mistake::m))
+#define MIRROR_RANDOM(m, rule) verdicts::broken(#m, rule, examine<adapters::mirror>(threads_alone, mistake::m))
+#define GPU(m, rule) verdicts::broken(#m, rule, examine<adapters::gpu>(scenarios_alone, gpu_mistake::m))
+#define GPU_RANDOM(m, rule) verdicts::broken(#m, rule, examine<adapters::gpu>(threads_alone, gpu_mistake::m))
 
 }  // namespace
 

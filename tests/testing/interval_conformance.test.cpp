@@ -5,52 +5,31 @@
 
 #include <mmunotify/testing/interval_conformance.hpp>
 
-#include <cstdint>
-#include <cstdlib>
 #include <memory>
-#include <string>
 
 #include <doctest/doctest.h>
 
 #include "testing/adapters/interval_mirror.hpp"
 #include "testing/adapters/interval_regions.hpp"
+#include "testing/verdicts.hpp"
 
 using namespace mmunotify;
 using adapters::interval_mistake;
 
 namespace {
 
-/// Of the correct ones: what is to be caught is caught in every run.
-std::uint64_t seed() {
-  const char* given = std::getenv("MMUNOTIFY_SEED");
-  return given != nullptr ? std::strtoull(given, nullptr, 10) : 1;
-}
-
 template <class Adapter, class... Mistake>
 testing::report examine(const testing::options& o, Mistake... m) {
   return testing::interval_conformance([=](testing::test_primary& p) { return std::make_unique<Adapter>(p, m...); }, o);
 }
 
-std::string text(const testing::report& r) {
-  std::string all;
-  for (const auto& f : r.failures()) all += std::string(f.rule) + ", " + f.scenario + ": " + f.sentence + "\n";
-  return all;
-}
-
 template <class Adapter>
 void passes(unsigned rounds) {
-  const testing::report r = examine<Adapter>({.seed = seed(), .rounds = rounds});
-  INFO(text(r));
-  CHECK(r.ok());
-  MESSAGE(r.ran(), " scenarios, ", r.skipped(), " left out");
+  verdicts::right(examine<Adapter>({.seed = verdicts::seed(), .rounds = rounds}));
 }
 
-void broken(const std::string& name, const std::string& rule, const testing::report& r) {
-  INFO(name, " breaks ", rule, ", and the kit says: ", text(r));
-  CHECK(r.names(rule.c_str()));
-}
 #define BREAKS(m, rule) \
-  broken(#m, rule, examine<adapters::interval_mirror>(testing::options{.rounds = 0}, interval_mistake::m))
+  verdicts::broken(#m, rule, examine<adapters::interval_mirror>(testing::options{.rounds = 0}, interval_mistake::m))
 
 }  // namespace
 
@@ -106,7 +85,7 @@ TEST_CASE("O1: random rounds alone find what scenarios find") {
   const testing::options threads_alone{.rounds = 40, .threads = 6, .scenarios = false, .reference = false};
   for (const auto m : {interval_mistake::forgets_the_last_page, interval_mistake::looks_up_before_read_begin,
                        interval_mistake::maps_outside_the_lock}) {
-    broken("a mistake", "O1", examine<adapters::interval_mirror>(threads_alone, m));
+    verdicts::broken("a mistake", "O1", examine<adapters::interval_mirror>(threads_alone, m));
   }
 }
 

@@ -5,7 +5,6 @@
 // changed. It keeps its mappings through brackets in place, and needs no record of brackets: its interval has that.
 
 #include <array>
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
@@ -15,6 +14,8 @@
 #include <mmunotify/primary/frame_access.hpp>
 #include <mmunotify/testing/interval_adapter.hpp>
 #include <mmunotify/testing/schedule.hpp>
+
+#include "testing/adapters/busy.hpp"
 
 namespace adapters {
 
@@ -166,17 +167,7 @@ class interval_mirror {
   }
 
   /// While it lives, the device cannot be stopped.
-  class busy {
-   public:
-    explicit busy(interval_mirror& m) noexcept : mirror_(m) { m.busy_.fetch_add(1); }
-    ~busy() { mirror_.busy_.fetch_sub(1); }
-    busy(const busy&) = delete;
-    busy& operator=(const busy&) = delete;
-
-   private:
-    interval_mirror& mirror_;
-  };
-  busy hold() noexcept { return busy{*this}; }
+  busy::hold hold() noexcept { return busy::hold{busy_}; }
 
   // --- The hooks. ---------------------------------------------------------------------------------------------------
 
@@ -184,10 +175,10 @@ class interval_mirror {
     if (is(mistake::removes_in_a_callback)) static_cast<void>(space_->remove(iv_));
     if (is(mistake::faults_in_a_callback)) static_cast<void>(iv_.read_begin());
     if (is(mistake::refuses_blockable) && i.unclipped.last == UINTPTR_MAX) return false;
-    while (i.blockable && busy_.load() != 0) std::this_thread::yield();
+    if (i.blockable) busy_.wait();
     std::unique_lock locked{lock_, std::defer_lock};
     if (!is(mistake::takes_no_lock_in_start)) locked.lock();
-    if (busy_.load() != 0) {
+    if (busy_) {
       if (is(mistake::refuses_half_way)) drop(i.range);
       return false;
     }
@@ -340,7 +331,7 @@ class interval_mirror {
   testing::mutex lock_;
   std::array<entry, testing::window_pages> entries_{};
   range covered_{};
-  std::atomic<unsigned> busy_{0};
+  busy busy_;
   bool closed_ = true;  ///< not inserted, or going
   // What only a mistake needs.
   interval_sequence first_{};

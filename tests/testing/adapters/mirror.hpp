@@ -4,21 +4,21 @@
 // A range mirror as it should be, and what goes wrong with one: each mistake is the same code with one thing changed.
 //
 // The mirror has one entry for each page of the window. One short lock protects the entries and the window of brackets;
-// no callback waits while it holds it. `busy` is what a start may have to wait for, and why it may refuse.
+// no callback waits while it holds it.
 
 #include <array>
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
 #include <new>
-#include <thread>
 
 #include <mmunotify/notifier/invalidation_window.hpp>
 #include <mmunotify/notifier/subscriber.hpp>
 #include <mmunotify/primary/frame_access.hpp>
 #include <mmunotify/testing/adapter.hpp>
 #include <mmunotify/testing/schedule.hpp>
+
+#include "testing/adapters/busy.hpp"
 
 namespace adapters {
 
@@ -127,27 +127,17 @@ class mirror {
   }
 
   /// While it lives, the device cannot be stopped.
-  class busy {
-   public:
-    explicit busy(mirror& m) noexcept : mirror_(m) { m.busy_.fetch_add(1); }
-    ~busy() { mirror_.busy_.fetch_sub(1); }
-    busy(const busy&) = delete;
-    busy& operator=(const busy&) = delete;
-
-   private:
-    mirror& mirror_;
-  };
-  busy hold() noexcept { return busy{*this}; }
+  busy::hold hold() noexcept { return busy::hold{busy_}; }
 
   // --- The hooks. ---------------------------------------------------------------------------------------------------
 
   bool invalidate_range_start(const invalidation& i) noexcept {
     if (is(mistake::ignores_soft_dirty) && i.event == event::soft_dirty) return true;
     if (is(mistake::ignores_all_migrations) && i.event == event::migrate) return true;
-    if (is(mistake::refuses_unrecorded) && !i.blockable && busy_.load() != 0) return false;
+    if (is(mistake::refuses_unrecorded) && !i.blockable && busy_) return false;
     if (is(mistake::refuses_blockable) && i.range.last == UINTPTR_MAX) return refused(i);
     if (is(mistake::refuses_without_reason) && !i.blockable) return refused(i);
-    while (i.blockable && busy_.load() != 0) std::this_thread::yield();
+    if (i.blockable) busy_.wait();
     if (is(mistake::pins_in_a_callback)) pin_in_callback();
     if (is(mistake::allocates_in_a_callback)) ::operator delete(::operator new(sizeof(int)));
     if (is(mistake::zaps_before_it_records)) {
@@ -161,7 +151,7 @@ class mirror {
     }
     const std::lock_guard locked{lock_};
     record_start(i.range);
-    if (!i.blockable && busy_.load() != 0) {
+    if (!i.blockable && busy_) {
       if (is(mistake::half_done_refusal)) zap(i.range);
       return false;
     }
@@ -349,7 +339,7 @@ class mirror {
   invalidation_window<> brackets_;
   std::array<entry, window_pages> entries_{};
   std::array<entry, window_pages> device_{};  ///< what the device has loaded of them, where it is not the same
-  std::atomic<unsigned> busy_{0};
+  busy busy_;
   bool closed_ = true;  ///< not registered, or released
   // What only mistakes need.
   range later_{}, one_{};
