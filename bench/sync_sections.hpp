@@ -89,9 +89,10 @@ struct dynamic_section : of_domain {
   }
 };
 
-/// A section inside another of the same domain.
+/// A section inside another of the same domain. The outer one is not the loop's: a kind of more than two words would be
+/// passed in memory.
 struct dynamic_nested : dynamic_section {
-  srcu_domain::section_token outer;
+  static inline thread_local srcu_domain::section_token outer;
   void begin() {
     dynamic_section::begin();
     outer = domain->read_lock();
@@ -121,7 +122,7 @@ struct static_section : kind {
 };
 
 struct static_nested : static_section {
-  domain_type::section_token outer;
+  static inline thread_local domain_type::section_token outer;
   void begin() { outer = domain_type::read_lock(); }
   void end() { domain_type::read_unlock(outer); }
 };

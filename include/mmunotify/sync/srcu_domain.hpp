@@ -79,23 +79,25 @@ class basic_srcu_domain : public detail::domain_core<Platform> {
     }
   }
 
-  /// What read_lock hands to read_unlock: the thread's word, null if the section is nested in another.
+  /// What read_lock hands to read_unlock: the thread's word, and what it found there. (Both: a word that is null for a
+  /// nested section has to be made null, out of line, and two more jumps make nested sections half as dear again.)
   class section_token {
     friend basic_srcu_domain;
-    word* outermost_ = nullptr;
+    word* word_ = nullptr;
+    std::uint64_t found_ = 1;
 
    public:
-    bool nested() const noexcept { return outermost_ == nullptr; }
+    bool nested() const noexcept { return found_ != 0; }
   };
 
   /// Effects: begins a read section of the calling thread. Errors: if the thread cannot get a slab (memory exhausted in
   /// its very first section) the contract handler is called, and the process ends; attach_this_thread() asks first.
   /// Progress: wait-free. Context: anywhere, also in a signal handler of a thread that is attached.
   [[nodiscard, gnu::always_inline]] section_token read_lock() noexcept {
-    slot* const s = own_slot(runtime::slab());
-    if (s == nullptr) [[unlikely]]
+    std::byte* const slab = runtime::slab();
+    if (is_cold(slab)) [[unlikely]]
       return read_lock_cold();
-    const section_token t = enter(s->word);
+    const section_token t = enter(record::slot_at(slab, own_offset()).word);
     if constexpr (!detail::mutated(detail::mutation::no_light_after_lock)) Platform::light();
     return t;
   }
@@ -104,7 +106,7 @@ class basic_srcu_domain : public detail::domain_core<Platform> {
   [[gnu::always_inline]] void read_unlock(section_token t) noexcept {
     if (!t.nested()) [[likely]] {
       // (d4) pairs with (d3)
-      t.outermost_->store(0, detail::order(std::memory_order_release, detail::mutation::unlock_relaxed));
+      t.word_->store(0, detail::order(std::memory_order_release, detail::mutation::unlock_relaxed));
       this->after_leaving();
     }
   }
@@ -115,10 +117,9 @@ class basic_srcu_domain : public detail::domain_core<Platform> {
   /// Returns: the thread's slab, for cells(); stable for the thread's life.
   [[gnu::always_inline]] std::byte* read_lock_unordered() noexcept {
     std::byte* const slab = runtime::slab();
-    slot* const s = own_slot(slab);
-    if (s == nullptr) [[unlikely]]
+    if (is_cold(slab)) [[unlikely]]
       return read_lock_unordered_cold();
-    enter_unordered(*s);
+    enter_unordered(record::slot_at(slab, own_offset()));
     if constexpr (!detail::mutated(detail::mutation::no_light_after_lock)) Platform::light();
     return slab;
   }
@@ -146,11 +147,12 @@ class basic_srcu_domain : public detail::domain_core<Platform> {
  private:
   [[gnu::always_inline]] section_token enter(word& w) noexcept {
     section_token t;
-    if (w.load(std::memory_order_relaxed) == 0) [[likely]] {
+    t.word_ = &w;
+    t.found_ = w.load(std::memory_order_relaxed);
+    if (!t.nested()) [[likely]] {
       // (d2) acquire pairs with (d1); (d5) release pairs with (d3).
       w.store(this->sequence_.load(detail::order(std::memory_order_acquire, detail::mutation::sequence_relaxed)),
               detail::order(std::memory_order_release, detail::mutation::lock_relaxed));
-      t.outermost_ = &w;
     }
     return t;
   }
@@ -160,10 +162,10 @@ class basic_srcu_domain : public detail::domain_core<Platform> {
       s.count.store(s.count.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
   }
 
-  /// Returns: the domain's slot in the calling thread's slab; null if that is for the cold path.
-  [[gnu::always_inline]] slot* own_slot(std::byte* slab) const noexcept {
-    const std::uintptr_t offset = this->place_ - runtime::own().key();
-    return offset < record::slots_size && slab != nullptr ? &record::slot_at(slab, offset) : nullptr;
+  /// Where the domain's slot is in a slab, unless the section is for the cold path.
+  [[gnu::always_inline]] std::uintptr_t own_offset() const noexcept { return this->place_ - runtime::own().key(); }
+  [[gnu::always_inline]] bool is_cold(const std::byte* slab) const noexcept {
+    return own_offset() >= record::slots_size || slab == nullptr;
   }
 
   [[gnu::always_inline]] std::byte* own_slab() noexcept {
@@ -180,7 +182,8 @@ class basic_srcu_domain : public detail::domain_core<Platform> {
       return;
     }
     section_token t;
-    t.outermost_ = &s.word;
+    t.word_ = &s.word;
+    t.found_ = 0;
     read_unlock(t);
   }
 

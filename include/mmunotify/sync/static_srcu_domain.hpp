@@ -79,13 +79,13 @@ class static_srcu_domain {
   using cookie = typename detail::domain_core<Platform>::cookie;
   using handoff_token = typename detail::domain_core<Platform>::handoff_token;
 
-  /// What read_lock hands to read_unlock.
+  /// What read_lock hands to read_unlock: what it found in the thread's word.
   class section_token {
     friend static_srcu_domain;
-    enum class kind : std::uint8_t { nested, outermost, cold } kind_ = kind::nested;
+    std::uint64_t found_ = 1;
 
    public:
-    bool nested() const noexcept { return kind_ == kind::nested; }
+    bool nested() const noexcept { return found_ != 0 && !detail::static_slot::is_unattached(found_); }
   };
 
   // All as in srcu_domain.
@@ -95,20 +95,18 @@ class static_srcu_domain {
   [[nodiscard, gnu::always_inline]] static section_token read_lock() noexcept {
     section_token t;
     word& w = own().word;
-    const std::uint64_t seen = w.load(std::memory_order_relaxed);
-    if (seen == 0) [[likely]] {
-      enter(w);
-      t.kind_ = section_token::kind::outermost;
-    } else if (seen == detail::static_slot::unattached) [[unlikely]] {
+    t.found_ = w.load(std::memory_order_relaxed);
+    if (detail::static_slot::is_unattached(t.found_)) [[unlikely]]
       return read_lock_cold();
-    }
+    if (t.found_ == 0) [[likely]]
+      enter(w);
     if constexpr (!detail::mutated(detail::mutation::no_light_after_lock)) Platform::light();
     return t;
   }
   [[gnu::always_inline]] static void read_unlock(section_token t) noexcept {
-    if (t.kind_ == section_token::kind::outermost) [[likely]] {
+    if (t.found_ == 0) [[likely]] {
       leave(0);
-    } else if (!t.nested()) [[unlikely]] {
+    } else if (detail::static_slot::is_unattached(t.found_)) [[unlikely]] {
       leave_unattached();
     }
   }
@@ -182,9 +180,9 @@ class static_srcu_domain {
 
   MMUNOTIFY_COLD static section_token read_lock_cold() noexcept {
     section_token t;
-    t.kind_ = section_token::kind::cold;
     if (domain_.exiting() && domain_.ready()) {
       domain_.enter_after_exit(own());
+      t.found_ = detail::static_slot::unattached;
       return t;
     }
     if (!domain_.attach(own()) && domain_.status() == errc::ok) {
@@ -192,7 +190,7 @@ class static_srcu_domain {
       std::abort();
     }
     word& w = own().word;
-    if (w.load(std::memory_order_relaxed) == 0) t.kind_ = section_token::kind::outermost;
+    t.found_ = w.load(std::memory_order_relaxed);
     enter(w);
     domain_.reader_fence();
     return t;

@@ -49,8 +49,10 @@ struct static_slot {
 
   static bool is_inside(const std::atomic<std::uint64_t>& w) noexcept {
     const std::uint64_t seen = w.load(std::memory_order_relaxed);
-    return seen != 0 && seen != unattached;
+    return seen != 0 && !is_unattached(seen);
   }
+  /// By its sign: sequences do not get there. One comparison with 0 answers this and whether it is 0.
+  static constexpr bool is_unattached(std::uint64_t seen) noexcept { return static_cast<std::int64_t>(seen) < 0; }
   /// What a slab's slot says of it.
   static std::uint64_t address_of(const std::atomic<std::uint64_t>& w) noexcept {
     return reinterpret_cast<std::uintptr_t>(&w);
