@@ -37,7 +37,7 @@
 // Requests share grace periods: a request needs one that begins after it, so it reads S and waits for S + 1; whoever
 // gets the driver's mutex first runs it for all who wait. They share heavy fences, too (detail/runtime.hpp).
 //
-// Cost (Zen 5, one thread): section 0.5 ns, nested 0.4 ns; grace period 0.24 us idle, of which the fence is 0.23; see
+// Cost (Zen 5, one thread): section 0.7 ns, nested 0.5 ns; grace period 0.4 us idle, of which the fence is 0.35; see
 // bench/README.md. 16 bytes per thread that uses the domain.
 //
 // After: userspace-rcu (Desnoyers et al., TPDS 2012); Linux kernel/rcu/srcutree.c; P1202R5 (asymmetric fences). Names
