@@ -5,8 +5,9 @@
 // unmapped memory by ucm_vm_munmap. It keeps its regions in a radix tree under a read-write lock; a region that is hit
 // leaves the cache, and is registered again by the next one who asks for it.
 //
-// No hooks are installed: memory is not really unmapped, and other cases are not to pay for it. All caches of the
-// process are told of everything, so there is one at a time.
+// It asks for no hooks, but libucs patches munmap, madvise and others of the process when it is loaded (1.13), so its
+// caches are told of what is really unmapped as well: stacks of threads that end, arenas. The addresses must be others.
+// All caches of the process are told of everything, so there is one at a time.
 
 #include <cstdint>
 #include <cstdlib>
