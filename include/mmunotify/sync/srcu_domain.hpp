@@ -84,7 +84,7 @@ class basic_srcu_domain : public detail::domain_core<Platform> {
   class section_token {
     friend basic_srcu_domain;
     word* word_ = nullptr;
-    std::uint64_t found_ = 1;
+    std::uint64_t found_ = 1;  // a token of no section ends none
 
    public:
     bool nested() const noexcept { return found_ != 0; }

@@ -68,7 +68,7 @@ class interval_phases {
 
   /// Returns: false if n was recalled: then it is leaving now, and its removal is ours to begin.
   static bool end_joining(interval& n, phase to) noexcept {
-    if constexpr (mutated(mutation::interval_recall_lost)) return n.phase_.store(to, std::memory_order_release), true;
+    if constexpr (mutated(mutation::interval_recall_lost)) return settle(n, to), true;
     while (true) {
       std::uint8_t found = phase::joining;
       // (in1) release pairs with (in2), and acquire with (in1) of who has recalled it.
